@@ -58,6 +58,24 @@ def sweep(place: Path, out: Path, search: dict[str, Any] | None = None, **change
     return plait.sweep([place / "sort", place / "rate"], out=out, search=RANDOM if search is None else search, **given)
 
 
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with a base, two adapters of it, and their tasks, which tests only read."""
+    return make_cohort(tmp_path_factory.mktemp("sweep"))
+
+
+@pytest.fixture(scope="module")
+def drawn(pair: Path) -> SweepResult:
+    """Return the study of `RANDOM`."""
+    return sweep(pair, pair / "studies" / "drawn")
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """Return what a model is asked in a test."""
+    return noted_questions(monkeypatch)
+
+
 def tried(record: StudyRecord) -> list[tuple[Any, ...]]:
     """Return what does not depend on how long something took."""
     return [(r.number, r.phase, r.params, r.score, r.results, r.examples, r.stopped) for r in record.runs]

@@ -21,15 +21,10 @@ from plait.version import __version__
 from tests.e2e.test_bake_survival import SETTINGS, contents, write_materials
 from tests.phase_files import CHECKPOINTS, MERGE, lay_out, rewrite, states, tensors
 from tests.ray_nodes import Nodes
-from tests.searched import make_cohort, sweep, tried
+from tests.searched import sweep, tried
 from tests.warm import check_killed, run_forked
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.xdist_group("ray")]
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_cohort(tmp_path_factory.mktemp("cluster"))
 
 
 # Waits when the first of the second batch has been reported, and the second of it has not.
@@ -63,24 +58,24 @@ SEARCH = {"seed": 3, "budget": 5, "init_points": 3, "parallel": 2, "space": {"sc
 
 
 @pytest.fixture(scope="module")
-def earlier(place: Path) -> Path:
+def earlier(pair: Path) -> Path:
     """Return a study with one candidate that is one of `SEARCH`'s space too."""
-    return sweep(place, place / "earlier" / "study", {"grid": {"scale": [0.5]}, "race": False}).folder
+    return sweep(pair, pair / "earlier" / "study", {"grid": {"scale": [0.5]}, "race": False}).folder
 
 
 @pytest.fixture(scope="module")
-def here(place: Path, earlier: Path) -> StudyRecord:
+def here(pair: Path, earlier: Path) -> StudyRecord:
     """Return what `SEARCH` finds in this process, undisturbed."""
-    return sweep(place, place / "here" / "study", SEARCH, warm_start=[earlier]).record
+    return sweep(pair, pair / "here" / "study", SEARCH, warm_start=[earlier]).record
 
 
 @pytest.mark.usefixtures("nodes")
 def test_a_sweep_whose_driver_and_node_are_killed_ends_as_one_here(
-    place: Path, earlier: Path, here: StudyRecord, tmp_path: Path, losing: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+    pair: Path, earlier: Path, here: StudyRecord, tmp_path: Path, losing: Callable[[], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With candidates of an earlier study; begun on one node, which asks those of a batch one after another."""
-    line = ["sweep", str(place / "sort"), str(place / "rate"), "--tasks", str(place / "sort.yaml"), str(place / "rate.yaml")]
-    line += ["--base-id", str(place / "base"), "--seed", "3", "--budget", "5", "--init-points", "3", "--space", "scale=0.1..3"]
+    line = ["sweep", str(pair / "sort"), str(pair / "rate"), "--tasks", str(pair / "sort.yaml"), str(pair / "rate.yaml")]
+    line += ["--base-id", str(pair / "base"), "--seed", "3", "--budget", "5", "--init-points", "3", "--space", "scale=0.1..3"]
     line += ["--method", "linear", "--cluster", "ray", "--parallel", "2", "--warm-start", str(earlier)]
     study = tmp_path / "there" / "study"
     line += ["--workspace", str(tmp_path / "there" / "artifacts"), "-o", str(study)]
@@ -90,24 +85,24 @@ def test_a_sweep_whose_driver_and_node_are_killed_ends_as_one_here(
     monkeypatch.setattr("plait.evaluation.session.answer_examples", None)  # no model is asked here
     wanted = {**SEARCH, "parallel": None}
     with pytest.warns(UserWarning, match=r"a worker was lost, and what it did \(.*\) is done again elsewhere"):
-        there = sweep(place, study, wanted, warm_start=[earlier], cluster="ray").record
+        there = sweep(pair, study, wanted, warm_start=[earlier], cluster="ray").record
     assert [run.phase for run in here.runs] == ["start", "warm_start", *["search"] * 5]
     assert tried(there) == tried(here)
     assert same(there) == same(here)
     monkeypatch.setattr(Cluster, "share", lambda *given, **how: Share(2, 1))  # as many at a time as there are workers
-    again = sweep(place, tmp_path / "there" / "again", wanted, warm_start=[earlier], cluster="ray").record
+    again = sweep(pair, tmp_path / "there" / "again", wanted, warm_start=[earlier], cluster="ray").record
     assert tried(again) == tried(here), "what was answered is not asked again: no worker is started"
     monkeypatch.undo()
     with pytest.raises(OutputError, match=r"search\.parallel is 3, and the study that is there began with 2"):
-        sweep(place, study, {**SEARCH, "parallel": 3}, warm_start=[earlier])
+        sweep(pair, study, {**SEARCH, "parallel": 3}, warm_start=[earlier])
 
 
 def test_a_sweep_from_outside_of_the_cluster(
-    place: Path, here: StudyRecord, earlier: Path, tmp_path: Path, nodes: Nodes
+    pair: Path, here: StudyRecord, earlier: Path, tmp_path: Path, nodes: Nodes
 ) -> None:
     if nodes.client is None:
         pytest.skip("the server of Ray's client needs grpcio: `pip install 'plait[ray]'`")
-    there = sweep(place, tmp_path / "study", SEARCH, warm_start=[earlier], cluster=nodes.client).record
+    there = sweep(pair, tmp_path / "study", SEARCH, warm_start=[earlier], cluster=nodes.client).record
     assert tried(there) == tried(here)
 
 
@@ -195,9 +190,9 @@ def test_a_bake_whose_driver_and_node_are_killed_has_the_bytes_of_one_here(
 
 
 @pytest.fixture
-def phases(tmp_path: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def phases(tmp_path: Path, pair: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Be where two phases are, as `rewrite` changes them."""
-    lay_out(tmp_path, place / "base")
+    lay_out(tmp_path, pair / "base")
     monkeypatch.chdir(tmp_path)
 
 

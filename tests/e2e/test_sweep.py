@@ -25,36 +25,21 @@ from plait.search.conclusion import SweepResult
 from plait.search.record import read_study
 from tests.command_line import exit_code
 from tests.language_models import train_adapter
-from tests.searched import RANDOM, make_cohort, noted_questions, sweep, tried, write_tasks
+from tests.searched import RANDOM, sweep, tried, write_tasks
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_cohort(tmp_path_factory.mktemp("sweep"))
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.xdist_group("sweep")]
 
 
-@pytest.fixture(scope="module")
-def drawn(place: Path) -> SweepResult:
-    return sweep(place, place / "studies" / "drawn")
-
-
-@pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
-    return noted_questions(monkeypatch)
-
-
-def test_finds_the_best_of_a_grid_and_asks_it_once_on_other_examples(place: Path, tmp_path: Path) -> None:
-    found = sweep(place, tmp_path / "study", {"grid": {"scale": [0.25, 0.5, 1]}, "race": False})
+def test_finds_the_best_of_a_grid_and_asks_it_once_on_other_examples(pair: Path, tmp_path: Path) -> None:
+    found = sweep(pair, tmp_path / "study", {"grid": {"scale": [0.25, 0.5, 1]}, "race": False})
     record = found.record
     assert [r.params["scale"] for r in record.runs] == [1.0, 0.25, 0.5]  # the start is one of them, and not asked again
     for run in record.runs:
-        alone = evaluate(place, tmp_path, run.params["scale"], "validation")
+        alone = evaluate(pair, tmp_path, run.params["scale"], "validation")
         assert (run.score, run.mean) == (alone.worst_recovery, alone.mean_recovery)
         assert run.results["sort"].interval == alone.tasks[0].recovery_interval
     assert record.best.score == max(r.score or 0.0 for r in record.runs)
-    best, start = (evaluate(place, tmp_path, scale, "test") for scale in (record.best.params["scale"], 1.0))
+    best, start = (evaluate(pair, tmp_path, scale, "test") for scale in (record.best.params["scale"], 1.0))
     final = record.post_sweep_eval
     assert final is not None
     assert (final.worst_recovery, final.worst_interval) == (best.worst_recovery, best.worst_interval)
@@ -74,10 +59,10 @@ def test_finds_the_best_of_a_grid_and_asks_it_once_on_other_examples(place: Path
     assert read_study(tmp_path / "study") == record
 
 
-def test_the_merge_of_the_best_is_written_where_it_is_asked_for(place: Path, tmp_path: Path, drawn: SweepResult) -> None:
+def test_the_merge_of_the_best_is_written_where_it_is_asked_for(pair: Path, tmp_path: Path, drawn: SweepResult) -> None:
     shutil.copytree(drawn.folder, tmp_path / "study")
     assert drawn.merged is None
-    found = sweep(place, tmp_path / "study", {**RANDOM, "save_merged": True})
+    found = sweep(pair, tmp_path / "study", {**RANDOM, "save_merged": True})
     assert found.merged == tmp_path / "study" / "merged"
     alone = plait.merge(tmp_path / "study" / "recipe.yaml", out=tmp_path / "alone")
     written = (found.merged / "adapter_model.safetensors").read_bytes()
@@ -87,27 +72,27 @@ def test_the_merge_of_the_best_is_written_where_it_is_asked_for(place: Path, tmp
     assert json.loads((found.folder / "study.json").read_text())["post_sweep_eval"]["save_merged"] is True
     (found.merged / "mine.txt").touch()
     with pytest.raises(OutputError, match=r"search\.save_merged: .* also holds what plait did not write: 'mine\.txt'"):
-        sweep(place, tmp_path / "study", {**RANDOM, "save_merged": True})
+        sweep(pair, tmp_path / "study", {**RANDOM, "save_merged": True})
     (found.merged / "mine.txt").unlink()
-    further = sweep(place, tmp_path / "study", {**RANDOM, "budget": 5, "points": [{"scale": 2.5}], "maximize": "mean_recovery"},
+    further = sweep(pair, tmp_path / "study", {**RANDOM, "budget": 5, "points": [{"scale": 2.5}], "maximize": "mean_recovery"},
                     force=True)  # fmt: skip
     assert further.recipe.scale != found.recipe.scale
     assert further.merged == found.merged, "a merge that is there is that of the best"
     assert (found.merged / "adapter_model.safetensors").read_bytes() != written
     with pytest.raises(OutputError, match=r"merged is an input of this search \(adapter 'merged'\)"):
-        plait.sweep([place / "sort", found.merged], out=tmp_path / "study", tasks=[place / "sort.yaml"], force=True,
-                    base_model=str(place / "base"), search=RANDOM, workspace=tmp_path / "artifacts")  # fmt: skip
+        plait.sweep([pair / "sort", found.merged], out=tmp_path / "study", tasks=[pair / "sort.yaml"], force=True,
+                    base_model=str(pair / "base"), search=RANDOM, workspace=tmp_path / "artifacts")  # fmt: skip
 
 
-def evaluate(place: Path, tmp_path: Path, scale: float, split: str) -> plait.Evaluation:
+def evaluate(pair: Path, tmp_path: Path, scale: float, split: str) -> plait.Evaluation:
     return plait.evaluate(
-        [place / "sort", place / "rate"], tasks=[place / "sort.yaml", place / "rate.yaml"], base=place / "base",
+        [pair / "sort", pair / "rate"], tasks=[pair / "sort.yaml", pair / "rate.yaml"], base=pair / "base",
         scale=scale, split=split, workspace=tmp_path / "artifacts",
     )  # fmt: skip
 
 
 def test_a_trial_costs_its_evaluation(
-    place: Path, tmp_path: Path, asked: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
+    pair: Path, tmp_path: Path, asked: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loads, opened, merges, most = [], [], WeakSet[PlacedMerge](), [0, 0]
     load, read, put = Mixture.load, Adapter.open, Mixture.placed
@@ -122,7 +107,7 @@ def test_a_trial_costs_its_evaluation(
     monkeypatch.setattr(Mixture, "load", lambda *a, **k: loads.append(a) or load(*a, **k))
     monkeypatch.setattr(Adapter, "open", lambda *a, **k: opened.append(a) or read(*a, **k))
     monkeypatch.setattr(Mixture, "placed", noted)
-    record = sweep(place, tmp_path / "study", {**RANDOM, "race": False}).record
+    record = sweep(pair, tmp_path / "study", {**RANDOM, "race": False}).record
     final = record.post_sweep_eval
     assert final is not None
     assert (len(loads), len(opened)) == (1, 2)
@@ -133,16 +118,17 @@ def test_a_trial_costs_its_evaluation(
     assert not [*tmp_path.rglob("*.safetensors")]
     assert record.examples_asked == record.examples_of_all == 5 * 48
     del asked[:]
-    again = sweep(place, tmp_path / "study", {**RANDOM, "race": False}).record
+    again = sweep(pair, tmp_path / "study", {**RANDOM, "race": False}).record
     assert asked == []  # finished, it asks nothing
     assert tried(again) == tried(record)
 
 
 @pytest.mark.parametrize("goal", ["mean_recovery", "worst_recovery", "rate.recovery"])
-def test_candidates_that_cannot_win_are_stopped_and_the_best_is_the_same(place: Path, tmp_path: Path, goal: str) -> None:
+def test_candidates_that_cannot_win_are_stopped_and_the_best_is_the_same(pair: Path, tmp_path: Path, goal: str) -> None:
     wanted = {**RANDOM, "budget": 7, "maximize": goal, "constraint_nonnegative": False}
-    races = sweep(place, tmp_path / "races", wanted).record
-    whole = sweep(place, tmp_path / "whole", {**wanted, "race": False}).record
+    answers = pair / "answers"  # of all three goals: candidates and examples are the same
+    races = sweep(pair, tmp_path / "races", wanted, workspace=answers).record
+    whole = sweep(pair, tmp_path / "whole", {**wanted, "race": False}, workspace=answers).record
     assert races.best.params == whole.best.params
     assert races.best.score == whole.best.score
     stopped = [r for r in races.runs if r.stopped]
@@ -155,25 +141,25 @@ def test_candidates_that_cannot_win_are_stopped_and_the_best_is_the_same(place: 
         assert all(len(r.results) == 1 for r in stopped)
 
 
-def test_points_that_are_wanted_come_first_and_the_base_is_known(place: Path, tmp_path: Path) -> None:
+def test_points_that_are_wanted_come_first_and_the_base_is_known(pair: Path, tmp_path: Path) -> None:
     search = {"type": "random", "budget": 2, "space": {"scale": "0..3"}, "points": [{"scale": 0.4}], "zero_baseline": True}
-    record = sweep(place, tmp_path / "study", search).record
+    record = sweep(pair, tmp_path / "study", search).record
     assert [(r.phase, r.params["scale"]) for r in record.runs[:3]] == [("start", 1.0), ("zero", 0.0), ("point", 0.4)]
     assert [r.phase for r in record.runs[3:]] == ["search"]
     assert record.runs[1].score == 0.0
     assert record.runs[1].examples == 0
 
 
-def test_a_space_that_is_exhausted_ends_the_search(place: Path, tmp_path: Path) -> None:
+def test_a_space_that_is_exhausted_ends_the_search(pair: Path, tmp_path: Path) -> None:
     search = {"type": "random", "budget": 20, "space": {"scale": [0.5, 1, 2]}}
-    record = sweep(place, tmp_path / "study", search).record
+    record = sweep(pair, tmp_path / "study", search).record
     assert record.early_stop_reason == "all 3 candidates were tried"
     assert len(record.runs) == 3
 
 
-def test_methods_with_their_own_parameters(place: Path, tmp_path: Path) -> None:
+def test_methods_with_their_own_parameters(pair: Path, tmp_path: Path) -> None:
     search = {"grid": {"method": ["ties", "linear"], "density": [0.3, 0.6]}}
-    record = sweep(place, tmp_path / "study", search, method="ties").record
+    record = sweep(pair, tmp_path / "study", search, method="ties").record
     assert sorted(json.dumps(r.params, sort_keys=True) for r in record.runs if r.phase == "point") == [
         '{"method": "linear"}', '{"method": "ties", "method.density": 0.3}', '{"method": "ties", "method.density": 0.6}',
     ]  # fmt: skip
@@ -181,17 +167,17 @@ def test_methods_with_their_own_parameters(place: Path, tmp_path: Path) -> None:
     assert record.grid == {"method": ["ties", "linear"], "method.density": [0.3, 0.6]}
 
 
-def test_candidates_that_are_no_merge_are_counted_and_left_out(place: Path, tmp_path: Path) -> None:
-    record = sweep(place, tmp_path / "study", {"grid": {"method": ["linear", "svd"], "space": ["delta", "factors"]}}).record
+def test_candidates_that_are_no_merge_are_counted_and_left_out(pair: Path, tmp_path: Path) -> None:
+    record = sweep(pair, tmp_path / "study", {"grid": {"method": ["linear", "svd"], "space": ["delta", "factors"]}}).record
     failed = [r for r in record.runs if "error" in r.score_details]
     assert [r.params for r in failed] == [{"method": "svd", "method.space": "factors"}]
     assert record.failed == 1
     assert "must be" in str(failed[0].score_details["error"])
 
 
-def test_several_goals_have_a_front(place: Path, tmp_path: Path) -> None:
+def test_several_goals_have_a_front(pair: Path, tmp_path: Path) -> None:
     goals = ["sort.recovery", "rate.recovery"]
-    record = sweep(place, tmp_path / "study", {**RANDOM, "maximize": goals}).record
+    record = sweep(pair, tmp_path / "study", {**RANDOM, "maximize": goals}).record
     found = [tuple(record.runs[i].goal(g) or 0.0 for g in goals) for i in record.front]
     assert found == sorted(found, reverse=True)
     assert not [a for a in found for b in found if a != b and all(x >= y for x, y in zip(b, a, strict=True))]
@@ -199,9 +185,9 @@ def test_several_goals_have_a_front(place: Path, tmp_path: Path) -> None:
 
 
 def test_without_a_space_the_method_and_the_scale_are_searched(
-    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    pair: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    line = [place / "sort", place / "rate", "--tasks", place / "sort.yaml", place / "rate.yaml", "--base-id", place / "base"]
+    line = [pair / "sort", pair / "rate", "--tasks", pair / "sort.yaml", pair / "rate.yaml", "--base-id", pair / "base"]
     line += ["--type", "random", "--budget", "2", "--workspace", tmp_path / "artifacts", "-o", tmp_path / "study"]
     assert exit_code("sweep", *line) == 0
     shown = capsys.readouterr()
@@ -215,65 +201,65 @@ def test_without_a_space_the_method_and_the_scale_are_searched(
     assert json.loads(capsys.readouterr().out)["best_score"] is not None
 
 
-def test_a_search_on_test_is_refused_unless_insisted_on(place: Path, tmp_path: Path) -> None:
+def test_a_search_on_test_is_refused_unless_insisted_on(pair: Path, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="split 'test' judges the result"):
-        sweep(place, tmp_path / "study", {**RANDOM, "split": "test"})
-    record = sweep(place, tmp_path / "study", {**RANDOM, "budget": 1, "split": "test", "allow_test": True}).record
+        sweep(pair, tmp_path / "study", {**RANDOM, "split": "test"})
+    record = sweep(pair, tmp_path / "study", {**RANDOM, "budget": 1, "split": "test", "allow_test": True}).record
     assert record.selected_on_test
     assert record.post_sweep_eval is None
     assert any("compared on the split 'test'" in note for note in record.notes)
     with pytest.raises(RecipeError, match=r"search\.split and eval\.split are both 'validation'"):
-        sweep(place, tmp_path / "other", eval={"split": "validation"})
+        sweep(pair, tmp_path / "other", eval={"split": "validation"})
 
 
-def test_a_score_leaves_no_task_out(place: Path, tmp_path: Path) -> None:
+def test_a_score_leaves_no_task_out(pair: Path, tmp_path: Path) -> None:
     write_tasks(tmp_path, adapter="other")
     with pytest.raises(TaskError, match=r"no adapter of these tasks' own is known: 'sort' \('other'\)"):
-        sweep(place, tmp_path / "study", tasks=[tmp_path / "sort.yaml", place / "rate.yaml"])
+        sweep(pair, tmp_path / "study", tasks=[tmp_path / "sort.yaml", pair / "rate.yaml"])
     train_adapter(tmp_path / "flat", "sort", steps=0)
     write_tasks(tmp_path, adapter="flat")
     with pytest.raises(TaskError, match=r"no recovery on split 'validation': the own adapter is not better .* on sort"):
         plait.sweep(
-            [tmp_path / "flat", place / "rate"], tasks=[tmp_path / "sort.yaml", place / "rate.yaml"], out=tmp_path / "study",
-            base_model=str(place / "base"), search=RANDOM, workspace=tmp_path / "artifacts",
+            [tmp_path / "flat", pair / "rate"], tasks=[tmp_path / "sort.yaml", pair / "rate.yaml"], out=tmp_path / "study",
+            base_model=str(pair / "base"), search=RANDOM, workspace=tmp_path / "artifacts",
         )  # fmt: skip
 
 
-def test_moments_are_taken_once_for_all_candidates(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_moments_are_taken_once_for_all_candidates(pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     search = {"grid": {"method": ["linear", "regmean"], "scale": [0.5, 1]}, "subset": {"max_samples": 12}, "race": False}
     with pytest.warns(UserWarning, match=r"second moments of sort, rate, taken now .* are kept in"):
-        found = sweep(place, tmp_path / "study", search, calibration={"texts": "lines"})
+        found = sweep(pair, tmp_path / "study", search, calibration={"texts": "lines"})
     assert [(r.params["method"], r.complete) for r in found.record.runs] == [
         ("linear", True), ("linear", True), ("regmean", True), ("regmean", True)
     ]  # fmt: skip
     assert len([*tmp_path.rglob("*.safetensors")]) == 2  # the moments
     assert all(Path(entry.moments or "").is_file() for entry in plait.load_recipe(tmp_path / "study" / "recipe.yaml").adapters)
     with pytest.warns(UserWarning, match="taken by an earlier run"):
-        again = sweep(place, tmp_path / "study", search, calibration={"texts": "lines"})
+        again = sweep(pair, tmp_path / "study", search, calibration={"texts": "lines"})
     assert tried(again.record) == tried(found.record)
 
 
-def test_what_else_is_refused(place: Path, tmp_path: Path) -> None:
+def test_what_else_is_refused(pair: Path, tmp_path: Path) -> None:
     one = {**RANDOM, "budget": 1}
-    sweep(place, tmp_path / "study", one)
+    sweep(pair, tmp_path / "study", one)
     with pytest.raises(OutputError, match="holds another search"):
-        sweep(place, tmp_path / "study", {**one, "seed": 2})
-    assert len(sweep(place, tmp_path / "study", {**one, "seed": 2}, force=True).record.runs) == 2
+        sweep(pair, tmp_path / "study", {**one, "seed": 2})
+    assert len(sweep(pair, tmp_path / "study", {**one, "seed": 2}, force=True).record.runs) == 2
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "notes.txt").touch()
     with pytest.raises(OutputError, match="not a study of plait sweep"):
-        sweep(place, tmp_path / "full")
+        sweep(pair, tmp_path / "full")
     with pytest.raises(TaskError, match=r"'sorting' is not one of the tasks sort, rate\. Did you mean 'sort'"):
-        sweep(place, tmp_path / "new", {**RANDOM, "maximize": "sorting.recovery"})
+        sweep(pair, tmp_path / "new", {**RANDOM, "maximize": "sorting.recovery"})
     with pytest.raises(PlanError, match="'auto' is found on texts"):
-        sweep(place, tmp_path / "new", scale="auto", search={"grid": {"merge_mode": ["union", "common"]}})
+        sweep(pair, tmp_path / "new", scale="auto", search={"grid": {"merge_mode": ["union", "common"]}})
     with pytest.raises(PlanError, match="with the layers below already merged, which are others for every candidate"):
-        sweep(place, tmp_path / "new", {"grid": {"method": ["linear", "regmean", "regmean_sequential"]}})
+        sweep(pair, tmp_path / "new", {"grid": {"method": ["linear", "regmean", "regmean_sequential"]}})
     with pytest.raises(OutputError, match=r"--storage \(storage=\): Optuna cannot open this storage"):
-        sweep(place, tmp_path / "new", storage="nowhere://x")
+        sweep(pair, tmp_path / "new", storage="nowhere://x")
     with pytest.raises(RecipeError, match=r"`plait sweep` \(plait\.sweep\)"):
-        plait.plan([place / "sort", place / "rate"], grid={"scale": [1]})
+        plait.plan([pair / "sort", pair / "rate"], grid={"scale": [1]})
     with pytest.raises(OutputError, match=r"there is no study\.db"):
         plait.sweep_status(tmp_path)
     assert not (tmp_path / "new" / "study.json").exists()
@@ -291,7 +277,7 @@ DAMAGE = {
 }
 
 
-def test_a_storage_that_is_damaged_is_refused(place: Path, tmp_path: Path, drawn: SweepResult) -> None:
+def test_a_storage_that_is_damaged_is_refused(pair: Path, tmp_path: Path, drawn: SweepResult) -> None:
     study = tmp_path / "studies" / "drawn"  # next to the kept answers
     shutil.copytree(drawn.folder.parent / "artifacts", study.parent / "artifacts")
 
@@ -299,7 +285,7 @@ def test_a_storage_that_is_damaged_is_refused(place: Path, tmp_path: Path, drawn
         with pytest.raises(OutputError, match=rf"study\.db: {message}"):
             plait.sweep_status(study)
         with pytest.raises(OutputError, match=rf"study\.db: {message}"):
-            sweep(place, study)
+            sweep(pair, study)
 
     for statement, message in DAMAGE.items():
         shutil.rmtree(study, ignore_errors=True)
@@ -316,7 +302,7 @@ def test_a_storage_that_is_damaged_is_refused(place: Path, tmp_path: Path, drawn
         with contextlib.closing(sqlite3.connect(study / "study.db")) as base, base:
             base.execute(statement)
         with pytest.raises(OutputError, match=rf"study\.db: {message}"):
-            sweep(place, study)
+            sweep(pair, study)
     (study / "study.db").write_bytes(b"no database" * 100)
     refused("Optuna cannot .* this storage")
     (study / "study.db").unlink()
@@ -339,7 +325,7 @@ def test_a_storage_that_is_damaged_is_refused(place: Path, tmp_path: Path, drawn
     ],
 )
 def test_a_record_that_is_damaged_is_refused(
-    place: Path, tmp_path: Path, drawn: SweepResult, field: str, value: Any, message: str
+    pair: Path, tmp_path: Path, drawn: SweepResult, field: str, value: Any, message: str
 ) -> None:
     data = json.loads((drawn.folder / "study.json").read_text())
     if field == "recovery":
@@ -348,31 +334,31 @@ def test_a_record_that_is_damaged_is_refused(
     with pytest.raises(plait.ReportError, match=rf"study\.json: .*({message})"):
         plait.report([tmp_path], out=tmp_path / "page.html")
     with pytest.raises(OutputError, match=rf"study\.json: .*({message})"):
-        sweep(place, tmp_path / "new", warm_start=[tmp_path])
+        sweep(pair, tmp_path / "new", warm_start=[tmp_path])
     assert {path.name for path in tmp_path.iterdir()} == {"study.json"}
 
 
 def test_an_earlier_recipe_that_is_damaged_is_refused_before_anything_is_written(
-    place: Path, tmp_path: Path, drawn: SweepResult
+    pair: Path, tmp_path: Path, drawn: SweepResult
 ) -> None:
     data = json.loads((drawn.folder / "study.json").read_text())
     data["recipe"]["wieghts"] = data["recipe"].pop("weights")
     (tmp_path / "study.json").write_text(json.dumps(data))
     with pytest.raises(RecipeError, match=r"study\.json: wieghts: .*weights"):
-        sweep(place, tmp_path / "new", warm_start=[tmp_path], workspace=drawn.folder.parent / "artifacts")
+        sweep(pair, tmp_path / "new", warm_start=[tmp_path], workspace=drawn.folder.parent / "artifacts")
     assert {path.name for path in tmp_path.iterdir()} == {"study.json"}
 
 
-def test_a_full_disk_ends_a_search_with_its_reason(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_ends_a_search_with_its_reason(pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: Any, **__: Any) -> None:
         raise StorageInternalError("during the commit") from sqlite3.OperationalError("database or disk is full")
 
     monkeypatch.setattr(optuna.Study, "tell", full)
     with pytest.raises(OutputError, match=r"study\.db: Optuna's storage failed: database or disk is full"):
-        sweep(place, tmp_path / "studies" / "new")
+        sweep(pair, tmp_path / "studies" / "new")
 
 
-def test_a_page_of_a_study(place: Path, tmp_path: Path, drawn: SweepResult) -> None:
+def test_a_page_of_a_study(pair: Path, tmp_path: Path, drawn: SweepResult) -> None:
     page = plait.report([drawn.folder], out=tmp_path / "study.html").page.read_text()
     assert "plait merge recipe.yaml -o OUT" in page
     record = drawn.record
@@ -388,4 +374,4 @@ def test_a_page_of_a_study(place: Path, tmp_path: Path, drawn: SweepResult) -> N
         recovery = f"{100 * complete[-1].results[task].recovery:.1f}\N{NO-BREAK SPACE}%"
         assert f"{task}: {recovery} at scale {complete[-1].params['scale']:.3g}" in page
     with pytest.raises(plait.ReportError, match=r"or of a search \(study\.json\)"):
-        plait.report([place / "base"], out=tmp_path / "none.html")
+        plait.report([pair / "base"], out=tmp_path / "none.html")

@@ -11,39 +11,24 @@ import pytest
 import plait
 import plait.evaluation.session as session
 from plait.search.conclusion import SweepResult
-from plait.search.record import read_study
+from plait.search.record import StudyRecord, read_study
 from plait.search.study import Study
 from tests.command_line import exit_code
-from tests.searched import RANDOM, make_cohort, noted_questions, sweep, tried
+from tests.searched import RANDOM, noted_questions, sweep, tried
 from tests.warm import check_killed, run_forked
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_cohort(tmp_path_factory.mktemp("sweep"))
-
-
-@pytest.fixture(scope="module")
-def drawn(place: Path) -> SweepResult:
-    return sweep(place, place / "studies" / "drawn")
-
-
-@pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
-    return noted_questions(monkeypatch)
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.xdist_group("sweep again")]
 
 
 def test_the_same_seed_gives_the_same_study_from_flags_a_recipe_and_python(
-    place: Path, tmp_path: Path, drawn: SweepResult, asked: list[tuple[str, int]]
+    pair: Path, tmp_path: Path, drawn: SweepResult, asked: list[tuple[str, int]]
 ) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
-        f"version: 1\nbase_model: {place}/base\nadapters: [{place}/sort, {place}/rate]\nmethod: linear\n"
-        f"tasks: [{place}/sort.yaml, {place}/rate.yaml]\nsearch: {json.dumps(RANDOM)}\n"
+        f"version: 1\nbase_model: {pair}/base\nadapters: [{pair}/sort, {pair}/rate]\nmethod: linear\n"
+        f"tasks: [{pair}/sort.yaml, {pair}/rate.yaml]\nsearch: {json.dumps(RANDOM)}\n"
     )
-    flags = [place / "sort", place / "rate", "--tasks", place / "sort.yaml", place / "rate.yaml", "--base-id", place / "base"]
+    flags = [pair / "sort", pair / "rate", "--tasks", pair / "sort.yaml", pair / "rate.yaml", "--base-id", pair / "base"]
     flags += ["--method", "linear", "--type", "random", "--seed", "1", "--budget", "4", "--space", "scale=0.1..3"]
     assert exit_code("sweep", *flags, "--workspace", tmp_path / "artifacts", "-o", tmp_path / "study") == 0
     assert tried(read_study(tmp_path / "study")) == tried(drawn.record)
@@ -51,15 +36,15 @@ def test_the_same_seed_gives_the_same_study_from_flags_a_recipe_and_python(
     assert exit_code("sweep", recipe, "--workspace", tmp_path / "artifacts", "-o", tmp_path / "study") == 0
     assert tried(read_study(tmp_path / "study")) == tried(drawn.record)
     assert asked == []  # the recipe asks for the study that is there
-    other = sweep(place, tmp_path / "other", {**RANDOM, "seed": 2, "budget": 1}).record
+    other = sweep(pair, tmp_path / "other", {**RANDOM, "seed": 2, "budget": 1}).record
     assert other.runs[1].params != drawn.record.runs[1].params
 
 
 def test_a_search_that_was_stopped_goes_on_as_if_it_had_not_been(
-    place: Path, tmp_path: Path, asked: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
+    pair: Path, tmp_path: Path, asked: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wanted = {"budget": 4, "init_points": 3, "space": {"scale": "0.1..3"}}  # by the Gaussian process
-    whole = sweep(place, tmp_path / "whole" / "study", wanted).record
+    whole = sweep(pair, tmp_path / "whole" / "study", wanted).record
     total = len(asked)
     del asked[:]
     answer = session.answer_examples
@@ -71,26 +56,39 @@ def test_a_search_that_was_stopped_goes_on_as_if_it_had_not_been(
 
     monkeypatch.setattr(session, "answer_examples", stop)
     with pytest.raises(KeyboardInterrupt):
-        sweep(place, tmp_path / "cut" / "study", wanted)
+        sweep(pair, tmp_path / "cut" / "study", wanted)
     monkeypatch.setattr(session, "answer_examples", answer)
     status = plait.sweep_status(tmp_path / "cut" / "study")
     assert status.begun == 1
     assert not status.finished
-    assert tried(sweep(place, tmp_path / "cut" / "study", wanted).record) == tried(whole)
+    assert tried(sweep(pair, tmp_path / "cut" / "study", wanted).record) == tried(whole)
     assert len(asked) == total  # nothing was asked twice
+
+
+BATCHED = {"budget": 5, "init_points": 2, "parallel": 2, "space": {"scale": "0.1..3"}}
+
+
+@pytest.fixture(scope="module")
+def batched(pair: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[StudyRecord, int]:
+    """Return an undisturbed study in batches, and how often it asked a model."""
+    with pytest.MonkeyPatch.context() as patch:
+        asked = noted_questions(patch)
+        return sweep(pair, tmp_path_factory.mktemp("whole") / "study", BATCHED).record, len(asked)
 
 
 @pytest.mark.parametrize("cut", [10, 14])
 def test_a_batch_that_was_stopped_is_completed_with_what_was_known_when_it_began(
-    place: Path, tmp_path: Path, asked: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch, cut: int
+    pair: Path,
+    tmp_path: Path,
+    batched: tuple[StudyRecord, int],
+    asked: list[tuple[str, int]],
+    monkeypatch: pytest.MonkeyPatch,
+    cut: int,
 ) -> None:
-    wanted = {"budget": 5, "init_points": 2, "parallel": 2, "space": {"scale": "0.1..3"}}
-    whole = sweep(place, tmp_path / "whole" / "study", wanted).record
-    total = len(asked)
+    whole, total = batched
     assert whole.parallel == 2
     assert [r.phase for r in whole.runs] == ["start", *["search"] * 5]
     assert len({r.params["scale"] for r in whole.runs}) == 6, "what is suggested together is not suggested twice"
-    del asked[:]
     tell = Study.tell
 
     def stop_asking(*given: Any, **how: Any) -> Any:
@@ -108,20 +106,20 @@ def test_a_batch_that_was_stopped_is_completed_with_what_was_known_when_it_began
         with monkeypatch.context() as patch:
             patch.setattr(*stopped)
             with pytest.raises(KeyboardInterrupt):
-                sweep(place, tmp_path / "cut" / "study", wanted)
+                sweep(pair, tmp_path / "cut" / "study", BATCHED)
     assert plait.sweep_status(tmp_path / "cut" / "study").begun == 1
-    assert tried(sweep(place, tmp_path / "cut" / "study", {**wanted, "parallel": None}).record) == tried(whole)
+    assert tried(sweep(pair, tmp_path / "cut" / "study", {**BATCHED, "parallel": None}).record) == tried(whole)
     assert len(asked) == total  # nothing was asked twice
 
 
 def test_a_batch_races_against_what_was_known_when_it_began(
-    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wanted = {"type": "random", "budget": 2, "maximize": "mean_recovery", "space": {"scale": "0..3"}}
     wanted |= {"constraint_nonnegative": False, "points": [{"scale": 0.2}, {"scale": 0.02}]}
-    alone = sweep(place, tmp_path / "alone" / "study", wanted, scale=3.0).record
+    alone = sweep(pair, tmp_path / "alone" / "study", wanted, scale=3.0).record
     assert [r.stopped for r in alone.runs] == [False, False, True], "the first stops the second where it is known"
-    batch = sweep(place, tmp_path / "batch" / "study", {**wanted, "parallel": 2}, scale=3.0).record
+    batch = sweep(pair, tmp_path / "batch" / "study", {**wanted, "parallel": 2}, scale=3.0).record
     assert [r.stopped for r in batch.runs] == [False, False, False]
     tell = Study.tell
 
@@ -132,8 +130,8 @@ def test_a_batch_races_against_what_was_known_when_it_began(
     with monkeypatch.context() as patch:
         patch.setattr(Study, "tell", stop)
         with pytest.raises(KeyboardInterrupt):
-            sweep(place, tmp_path / "cut" / "study", {**wanted, "parallel": 2}, scale=3.0)
-    again = sweep(place, tmp_path / "cut" / "study", {**wanted, "parallel": 2}, scale=3.0).record
+            sweep(pair, tmp_path / "cut" / "study", {**wanted, "parallel": 2}, scale=3.0)
+    again = sweep(pair, tmp_path / "cut" / "study", {**wanted, "parallel": 2}, scale=3.0).record
     assert tried(again) == tried(batch)
 
 
@@ -154,36 +152,36 @@ main()
 """
 
 
-def test_killed_and_started_again(place: Path, tmp_path: Path) -> None:
+def test_killed_and_started_again(pair: Path, tmp_path: Path) -> None:
     wanted = ["--type", "random", "--seed", "3", "--budget", "4", "--space", "scale=0.1..3", "--method", "linear"]
-    tasks = [str(place / "sort.yaml"), str(place / "rate.yaml")]
-    line = ["sweep", str(place / "sort"), str(place / "rate"), "--tasks", *tasks, "--base-id", str(place / "base"), *wanted]
+    tasks = [str(pair / "sort.yaml"), str(pair / "rate.yaml")]
+    line = ["sweep", str(pair / "sort"), str(pair / "rate"), "--tasks", *tasks, "--base-id", str(pair / "base"), *wanted]
     line += ["--workspace", str(tmp_path / "artifacts"), "-o", str(tmp_path / "study")]
     check_killed(run_forked(HELD, *line))
     assert plait.sweep_status(tmp_path / "study").trials == 3
     assert exit_code(*line) == 0
     search = {"type": "random", "seed": 3, "budget": 4, "space": {"scale": "0.1..3"}}
-    whole = sweep(place, tmp_path / "whole" / "study", search).record
+    whole = sweep(pair, tmp_path / "whole" / "study", search).record
     assert tried(read_study(tmp_path / "study")) == tried(whole)
     assert not plait.sweep_status(tmp_path / "study").running
 
 
-def test_several_machines_share_a_storage(place: Path, tmp_path: Path, asked: list[tuple[str, int]]) -> None:
+def test_several_machines_share_a_storage(pair: Path, tmp_path: Path, asked: list[tuple[str, int]]) -> None:
     url = f"sqlite:///{tmp_path / 'shared.db'}"
-    one = sweep(place, tmp_path / "one" / "study", {**RANDOM, "budget": 2}, storage=url).record
+    one = sweep(pair, tmp_path / "one" / "study", {**RANDOM, "budget": 2}, storage=url).record
     del asked[:]
-    two = sweep(place, tmp_path / "two" / "study", {**RANDOM, "budget": 2}, storage=url).record
+    two = sweep(pair, tmp_path / "two" / "study", {**RANDOM, "budget": 2}, storage=url).record
     assert tried(two) == tried(one)
     assert len(asked) <= 4 + 2 * 2 + 4 + 3 * 2  # base, own adapters, start; and on test the best, the second and the start
     assert plait.sweep_status(tmp_path / "two" / "study", storage=url).trials == 3
     assert not (tmp_path / "one" / "study" / "study.db").exists()
 
 
-def test_earlier_studies_are_not_evaluated_again(place: Path, tmp_path: Path, asked: list[tuple[str, int]]) -> None:
-    earlier = sweep(place, tmp_path / "one", {"grid": {"scale": [0.25, 0.5, 1]}, "race": False})
+def test_earlier_studies_are_not_evaluated_again(pair: Path, tmp_path: Path, asked: list[tuple[str, int]]) -> None:
+    earlier = sweep(pair, tmp_path / "one", {"grid": {"scale": [0.25, 0.5, 1]}, "race": False})
     del asked[:]
     wider = {"grid": {"scale": [0.25, 0.5, 0.75, 1]}, "race": False}
-    found = sweep(place, tmp_path / "two", wider, workspace=tmp_path / "empty", warm_start=[tmp_path / "one"]).record
+    found = sweep(pair, tmp_path / "two", wider, workspace=tmp_path / "empty", warm_start=[tmp_path / "one"]).record
     assert {r.params["scale"]: r.phase for r in found.runs} == {
         1.0: "start", 0.25: "warm_start", 0.5: "warm_start", 0.75: "point"
     }  # fmt: skip
@@ -191,4 +189,4 @@ def test_earlier_studies_are_not_evaluated_again(place: Path, tmp_path: Path, as
     assert all(scores[r.params["scale"]] == r.score for r in earlier.record.runs)
     assert [name for name, _ in asked[:8]] == ["sort", "sort", "rate", "rate", "sort", "rate", "sort", "rate"]
     with pytest.warns(UserWarning, match="answered other examples"):
-        sweep(place, tmp_path / "three", {**wider, "subset": {"max_samples": 12}}, warm_start=[tmp_path / "one"])
+        sweep(pair, tmp_path / "three", {**wider, "subset": {"max_samples": 12}}, warm_start=[tmp_path / "one"])
