@@ -180,7 +180,7 @@ FAULTS = {
     "draws from torch": (draws(lambda: torch.rand(1)), "delta", "global_state", "generator of torch was used"),
     "draws from numpy": (draws(lambda: np.random.rand()), "delta", "global_state", "generator of numpy was used"),  # noqa: NPY002
     "draws from Python": (draws(lambda: random.random()), "delta", "global_state", "generator of Python was used"),
-    "not reproducible": (lambda b, p: summed(b) * torch.rand(1, dtype=b.x.dtype), "delta", "seed", "seed 7 twice"),
+    "not reproducible": (lambda b, p: summed(b) * torch.rand(1, dtype=b.x.dtype), "delta", "seed", "one seed twice"),
     "undeclared randomness": (keyed, "delta", "seed", "randomised is declared False, and the results differ"),
     "depends on the cut": (by_row, "delta", "row_blocks", "differs by"),
     "draws per block": (unkeyed, "delta", "row_blocks", "blocks of 1 rows"),

@@ -16,6 +16,7 @@ from torch import Tensor
 from plait.merging.combine import Combiner, pipeline_of
 from plait.merging.engine import Engine
 from plait.merging.inventory import Inventory
+from plait.merging.kept import KeptResults
 from plait.merging.moments import from_function
 from plait.merging.plan import MergePlan, make_plan
 from plait.merging.truncation import OutputFactors, as_blocks
@@ -79,11 +80,19 @@ class Subject:
         spec = {**self.params, "name": self.method.name, "space": space}
         return self.method.pipeline(self.method.spec.model_validate(spec))
 
-    def prepare(self, cohort: Cohort, recipe: Recipe) -> MergeRun:
-        """Plan a merge and make its surveys."""
+    def prepare(self, cohort: Cohort, recipe: Recipe, *, again: bool = False) -> MergeRun:
+        """Plan a merge and make its surveys.
+
+        Args:
+            cohort: the adapters.
+            recipe: what is merged how.
+            again: whether every pass computes coordinates again, as a merge to files does; otherwise they are kept, as in a
+                search, with the same bits.
+        """
         targets = {name: modules.keys() for name, modules in cohort.factors.items()}
         moments = from_function(cohort.moments, targets) if pipeline_of(recipe).needs_moments else None
-        inventory = Inventory(recipe, cohort.adapters(), (), cohort.layouts(), None, moments=moments)
+        kept = None if again else KeptResults()
+        inventory = Inventory(recipe, cohort.adapters(), (), cohort.layouts(), None, moments=moments, kept=kept)
         plan = make_plan(inventory, workers=1)
         engine = Engine(inventory, plan, workers=1, progress=SilentProgress())
         return MergeRun(plan, engine, engine.prepare())
