@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import yaml
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from transformers import (
     HubertConfig,
     HubertForSequenceClassification,
@@ -29,11 +28,12 @@ from plait.tasks.loading import load_task
 from plait.tasks.sounds import sample_count, samples
 from tests.command_line import exit_code
 from tests.text_classifiers import with_head
+from tests.two_adapters import NAMES, Folder, save_drawn, write_labeled_files
 
 soundfile = pytest.importorskip("soundfile")
 # PEFT's and torch's own
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
-NAMES, KINDS = ("one", "two"), ("wav2vec2", "hubert", "whisper")
+KINDS = ("wav2vec2", "hubert", "whisper")
 LABELS = ["play", "stop", "next"]
 RATE = 16000
 SPEECH = {
@@ -86,58 +86,28 @@ def sound(number: int, seconds: float = 0.05, rate: int = RATE, channels: int = 
 
 def write(folder: Path, name: str, **changes: Any) -> Path:
     """Write a task with sounds of three lengths."""
-    folder.mkdir(parents=True, exist_ok=True)
-    rows = [{"audio": f"{name}{i}.wav", "label": LABELS[(i * (2 if name == "two" else 1)) % 3]} for i in range(9)]
-    for i, row in enumerate(rows):
-        (folder / row["audio"]).write_bytes(sound(i, 0.04 + 0.01 * (i % 3)))
-    (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    content = {
-        "name": name,
-        "kind": "audio_classification",
-        "data": {"path": f"{name}.jsonl"},
-        "splits": {"test": {"rows": [0, 9]}},
-        "labels": LABELS,
-        **changes,
-    }
-    file = folder / f"{name}.yaml"
-    file.write_text(yaml.safe_dump(content, sort_keys=False))
-    return file
+    sounds = [sound(i, 0.04 + 0.01 * (i % 3)) for i in range(9)]
+    return write_labeled_files(folder, name, "audio_classification", sounds, LABELS, **changes)
 
 
-class World:
+class World(Folder):
     """A base without a head of every kind, two adapters of each, and the tasks."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
+        super().__init__(folder)
         for kind in KINDS:
             model = fresh(kind)
             state = {k: v for k, v in model.state_dict().items() if not k.startswith(("classifier", "projector"))}
             model.save_pretrained(folder / kind / "base", state_dict=state)
             save_extractor(kind, folder / kind / "base")
+            layers, saved = ["q_proj", "v_proj"], ["projector", "classifier"]
             for name in NAMES:
-                config = LoraConfig(
-                    r=2,
-                    target_modules=["q_proj", "v_proj"],
-                    modules_to_save=["projector", "classifier"],
-                    init_lora_weights=False,
-                )
-                plain = fresh(kind)
-                torch.manual_seed(3 + 17 * (name == "two"))
-                adapter = get_peft_model(plain, config)
-                for parameter_name, parameter in adapter.named_parameters():
-                    if "modules_to_save" in parameter_name:
-                        torch.nn.init.normal_(parameter)
-                adapter.save_pretrained(folder / kind / name)
+                seed = 3 + 17 * (name == "two")
+                save_drawn(folder / kind / name, fresh(kind), seed, target_modules=layers, modules_to_save=saved)
                 write(folder / kind / "tasks", name)
 
     def peft(self, kind: str, adapter: Path) -> Any:
         return PeftModel.from_pretrained(fresh(kind), str(adapter)).eval()
-
-    def adapters(self, kind: str) -> dict[str, Path]:
-        return {name: self.folder / kind / name for name in NAMES}
-
-    def tasks(self, kind: str) -> list[Path]:
-        return [self.folder / kind / "tasks" / f"{name}.yaml" for name in NAMES]
 
     def evaluate(self, kind: str, tasks: list[Path], **settings: Any) -> plait.Evaluation:
         pair = {name: self.adapters(kind)[name] for name in NAMES[: len(tasks)]}

@@ -8,8 +8,7 @@ from typing import Any, cast
 
 import pytest
 import torch
-import yaml
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from scipy.stats import pearsonr, spearmanr
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
@@ -31,12 +30,12 @@ from plait.tasks.loading import load_task
 from plait.tuning.teaching import make_lesson
 from tests.command_line import exit_code
 from tests.text_classifiers import with_head
+from tests.two_adapters import NAMES, Folder, save_drawn, write_yaml
 
 # PEFT's and torch's own
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
 PIECES = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "b", "c", "##a", "##b", "##c"]
 TAGS = ["O", "B-X", "I-X"]
-NAMES = ("one", "two")
 CLASSES = {"tags": BertForTokenClassification, "number": BertForSequenceClassification, "pairs": BertForSequenceClassification}
 OUTPUTS = {"tags": 3, "number": 1, "pairs": 2}
 TYPES = {"tags": "TOKEN_CLS", "number": "SEQ_CLS", "pairs": "SEQ_CLS", "likeness": "FEATURE_EXTRACTION"}
@@ -105,16 +104,14 @@ def write(folder: Path, kind: str, name: str, **changes: Any) -> Path:
         "likeness": {"kind": "sentence_similarity", **pair, "target": "{{ score }}"},
     }[kind]
     content |= {"name": name, "data": {"path": f"{name}.jsonl"}, "splits": {"test": {"rows": [0, len(own)]}}, **changes}
-    file = folder / f"{name}.yaml"
-    file.write_text(yaml.safe_dump(content, sort_keys=False))
-    return file
+    return write_yaml(folder, name, content)
 
 
-class World:
+class World(Folder):
     """A base, and two adapters of every kind with what PEFT makes of them."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
+        super().__init__(folder)
         fresh("likeness").save_pretrained(folder / "base")
         pieces().save_pretrained(folder / "base")
         for kind in TYPES:
@@ -126,21 +123,10 @@ class World:
         """Write an adapter whose factors are as drawn, and its head."""
         place = self.folder / kind / name
         if not place.is_dir():
-            config = LoraConfig(r=2, target_modules=["query", "value"], task_type=TYPES[kind], init_lora_weights=False)
+            seed = 25 + 17 * (name == "two")  # adapters that differ in what they answer
             plain = fresh(kind, OUTPUTS.get(kind, 2))
-            torch.manual_seed(25 + 17 * (name == "two"))  # adapters that differ in what they answer
-            model = get_peft_model(plain, config)
-            for parameter_name, parameter in model.named_parameters():
-                if "modules_to_save" in parameter_name:
-                    torch.nn.init.normal_(parameter)
-            model.save_pretrained(place)
+            save_drawn(place, plain, seed, target_modules=["query", "value"], task_type=TYPES[kind])
         return place
-
-    def adapters(self, kind: str) -> dict[str, Path]:
-        return {name: self.folder / kind / name for name in NAMES}
-
-    def tasks(self, kind: str) -> list[Path]:
-        return [self.folder / kind / "tasks" / f"{name}.yaml" for name in NAMES]
 
     def evaluate(self, kind: str, **settings: Any) -> plait.Evaluation:
         wanted = {"tasks": self.tasks(kind), "base": self.folder / "base", "workspace": None, "batch_size": 4}

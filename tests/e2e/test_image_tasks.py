@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import yaml
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from PIL import Image
 from transformers import (
     CLIPConfig,
@@ -36,10 +35,10 @@ from plait.tasks.loading import load_task
 from tests.command_line import exit_code
 from tests.language_models import tokenizer
 from tests.text_classifiers import with_head
+from tests.two_adapters import NAMES, Folder, save_drawn, write_labeled_files
 
 # PEFT's and torch's own
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
-NAMES = ("one", "two")
 LABELS = ["red", "blue", "good"]
 SIZE = {
     "hidden_size": 16,
@@ -91,29 +90,14 @@ def picture(number: int, form: str = "PNG", size: tuple[int, int] = (9, 12)) -> 
 
 def write(folder: Path, name: str, **changes: Any) -> Path:
     """Write a task with a picture per row."""
-    folder.mkdir(parents=True, exist_ok=True)
-    rows = [{"image": f"{name}{i}.png", "label": LABELS[(i * (2 if name == "two" else 1)) % 3]} for i in range(12)]
-    for i, row in enumerate(rows):
-        (folder / row["image"]).write_bytes(picture(i))
-    (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    content = {
-        "name": name,
-        "kind": "image_classification",
-        "data": {"path": f"{name}.jsonl"},
-        "splits": {"test": {"rows": [0, 12]}},
-        "labels": LABELS,
-        **changes,
-    }
-    file = folder / f"{name}.yaml"
-    file.write_text(yaml.safe_dump(content, sort_keys=False))
-    return file
+    return write_labeled_files(folder, name, "image_classification", [picture(i) for i in range(12)], LABELS, **changes)
 
 
-class World:
+class World(Folder):
     """A base of every kind, two adapters of each, and the tasks."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
+        super().__init__(folder)
         for kind in ("vit", "dinov2", "clip"):
             base = fresh(kind, 5)  # a head for other labels than the adapters'
             base.save_pretrained(folder / kind / "base")
@@ -121,14 +105,8 @@ class World:
             for name in NAMES:
                 saved = None if kind == "clip" else ["classifier"]
                 layers = ["q_proj", "v_proj", "query", "value"]  # as releases of transformers call them
-                config = LoraConfig(r=2, target_modules=layers, modules_to_save=saved, init_lora_weights=False)
-                plain = self.plain(kind)
-                torch.manual_seed(3 + 17 * (name == "two"))
-                model = get_peft_model(plain, config)
-                for parameter_name, parameter in model.named_parameters():
-                    if "modules_to_save" in parameter_name:
-                        torch.nn.init.normal_(parameter)
-                model.save_pretrained(folder / kind / name)
+                seed = 3 + 17 * (name == "two")
+                save_drawn(folder / kind / name, self.plain(kind), seed, target_modules=layers, modules_to_save=saved)
                 write(folder / kind / "tasks", name, **({"class_prompts": PROMPTS} if kind == "clip" else {}))
         tokenizer().save_pretrained(folder / "clip" / "base")
 
@@ -144,12 +122,6 @@ class World:
 
     def peft(self, kind: str, adapter: Path) -> Any:
         return PeftModel.from_pretrained(self.plain(kind), str(adapter)).eval()
-
-    def adapters(self, kind: str) -> dict[str, Path]:
-        return {name: self.folder / kind / name for name in NAMES}
-
-    def tasks(self, kind: str) -> list[Path]:
-        return [self.folder / kind / "tasks" / f"{name}.yaml" for name in NAMES]
 
 
 @pytest.fixture(scope="module")
