@@ -154,7 +154,7 @@ def parse_reference(text: str, *, base: Path | None = None, allow_bare: bool = F
     if "://" in address:
         raise AddressError(f"{text!r} is a web address.{_write_instead(address)} Allowed: {FORMS}.")
     if allow_task and not allow_bare and (found := task_adapter(address, base)) is not None:
-        return Reference(name=name, path=_from(found, base))
+        return Reference(name=name, path=Path(os.path.relpath(found, (base or Path()).absolute())).as_posix())
     match = _HUB.fullmatch(address) or (_BARE.fullmatch(address) if allow_bare else None)
     if match is None:
         raise AddressError(_neither(text, address, base))
@@ -213,11 +213,6 @@ def _problems(repo: str | None, revision: str | None, subfolder: str | None) -> 
         _subfolder_problem(subfolder) if subfolder is not None else "",
     ]
     return [problem for problem in found if problem]
-
-
-def _from(folder: Path, base: Path | None) -> str:
-    """Return a folder as a path from another, which is in the same tree."""
-    return Path(os.path.relpath(folder, (base or Path()).absolute())).as_posix()
 
 
 def _exists(address: str, base: Path | None) -> bool:

@@ -122,14 +122,16 @@ class Combiner:
         """Return the coordinates of every matrix of a module."""
 
         def frames() -> list[Frame]:
-            stack = self.read(module)
-            return self._frames(stack, self._sites(module, stack))
+            stack, space = self.read(module), SPACES[self.recipe.space_name]
+            if space.name == "factors":  # its coordinates are the unscaled factors themselves
+                return [space.frame(f.deltas, f.scalings) for f in stack]
+            return [space.frame(site.deltas, [1.0] * len(site.deltas)) for site in self._sites(module, stack)]
 
         if self.kept is None or self.pipeline.on_deltas:  # which depend on parameters, weights and the seed
             return frames()
         transforms = json.dumps([t.model_dump(mode="json") for t in self.recipe.transforms], sort_keys=True)
         settings = f"{self.recipe.space_name} {self.prepared.dtype} {transforms}"
-        return self.kept.result(settings, module, frames, _frame_bytes)
+        return self.kept.result(settings, module, frames, lambda found: _total([frame.bytes for frame in found]))
 
     def read(self, module: str) -> list[MatrixFactors]:
         """Return a module's factors, with a remark where they are computed with otherwise than those of other modules."""
@@ -167,12 +169,6 @@ class Combiner:
                 site = replace(site, deltas=tuple(stage.apply(site)))
             sites.append(site)
         return sites
-
-    def _frames(self, stack: Sequence[MatrixFactors], sites: Sequence[Site]) -> list[Frame]:
-        space = SPACES[self.recipe.space_name]
-        if space.name == "factors":  # its coordinates are the unscaled factors themselves
-            return [space.frame(f.deltas, f.scalings) for f in stack]
-        return [space.frame(site.deltas, [1.0] * len(site.deltas)) for site in sites]
 
     def _merge_frame(self, module: str, index: int, frame: Frame, statistics: Mapping[str, tuple[Tensor, ...]]) -> MergedMatrix:
         merged = []
@@ -245,10 +241,6 @@ def pipeline_of(recipe: Recipe) -> Pipeline:
 def _bytes(merged: Sequence[MergedMatrix]) -> int | None:
     """Return the bytes of merged deltas; None where one of them is dense."""
     return _total([m.a.nbytes + m.b.nbytes if isinstance(m, LowRank) else None for m in merged])
-
-
-def _frame_bytes(frames: Sequence[Frame]) -> int | None:
-    return _total([frame.bytes for frame in frames])
 
 
 def _total(counts: Sequence[int | None]) -> int | None:

@@ -246,16 +246,12 @@ def _unknown(path: KeyPath, data: Mapping[str, Plain], root: type[BaseModel]) ->
     problem = unknown_key(key, field_names(model) if model else [])
     if "?" in problem or scale:
         return problem + scale
-    if places := [f"{section}.{key}" for section in _SECTIONS if key in _section_keys(section)]:
+    sections = {section: model_at((section,), {}) for section in _SECTIONS}
+    if places := [f"{name}.{key}" for name, section in sections.items() if section and key in field_names(section)]:
         return f"{problem} Did you mean {join_words(places, 'or')}?"
     if len(path) == 1:
         return problem
     return problem + did_you_mean(key, [*Recipe.model_fields]).replace("?", ", a key of the recipe itself?")
-
-
-def _section_keys(section: str) -> list[str]:
-    model = model_at((section,), {})
-    return field_names(model) if model else []
 
 
 def _hint(path: KeyPath, data: Mapping[str, Plain], root: type[BaseModel]) -> str:

@@ -65,16 +65,11 @@ def run_sweep(
             )
         if elsewhere is not None:
             elsewhere.at_once = study.parallel
-            _announce_room(study.parallel, room)
+            if study.parallel < room:
+                announce(
+                    f"{study.parallel} candidates are suggested at a time (search.parallel), and the cluster has room for "
+                    f"{room}. A study keeps its number: --parallel {room} in another one uses all of it."
+                )
         trials = Trials(sweep, study)
         reason = trials.run()
         return conclude(sweep, study, trials.start, reason)
-
-
-def _announce_room(parallel: int, room: int) -> None:
-    """Announce it where a part of the cluster stays idle."""
-    if parallel < room:
-        announce(
-            f"{parallel} candidates are suggested at a time (search.parallel), and the cluster has room for {room}. A study "
-            f"keeps its number: --parallel {room} in another one uses all of it."
-        )

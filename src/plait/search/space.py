@@ -64,9 +64,9 @@ class SearchSpace:
         if not self.is_conditional:
             return prod(self._count(p) for p in self.parameters)
         methods = self._of("method")
+        recipes = [self.data({"method": value}) for value in (methods.ends if methods is not None else ())]
         return sum(
-            prod(self._count(p) for p in self.parameters if p is not methods and is_active(p.path, self._with_method(value)))
-            for value in (methods.ends if methods is not None else ())
+            prod(self._count(p) for p in self.parameters if p is not methods and is_active(p.path, data)) for data in recipes
         )
 
     def grid(self) -> list[dict[str, Plain]]:
@@ -192,9 +192,6 @@ class SearchSpace:
 
     def _of(self, path: str) -> SearchParameter | None:
         return next((p for p in self.parameters if p.path == path), None)
-
-    def _with_method(self, value: Plain) -> dict[str, Plain]:
-        return self.data({"method": value})
 
     def _has(self, parameter: SearchParameter, point: Point) -> bool:
         """Whether a candidate with these values, the method's among them, has a parameter."""

@@ -269,7 +269,8 @@ def _pearson(task: Task) -> Metric:
     require("metric 'pearson'", {"eval": ["scipy"]})
 
     def statistics(answers: Sequence[Answer]) -> FloatArray:
-        x, y = (_standardized(side) for side in _numbers(answers))  # the same correlation, without cancellation in the sums
+        # Standardized sides have the same correlation, without cancellation in the sums.
+        x, y = (np.asarray((side - side.mean()) / (side.std() or 1.0)) for side in _numbers(answers))
         return np.stack([x, y, x * x, y * y, x * y, np.ones_like(x)], axis=1)
 
     def from_sums(sums: FloatArray) -> FloatArray:
@@ -331,10 +332,6 @@ def _correlation(name: str, x: FloatArray, y: FloatArray) -> float:
 def _numbers(answers: Sequence[Answer]) -> tuple[FloatArray, FloatArray]:
     """Return answers and targets, (n,) each."""
     return (np.array([a.scores[0] for a in answers]), np.array([float(a.target) for a in answers]))
-
-
-def _standardized(x: FloatArray) -> FloatArray:
-    return np.asarray((x - x.mean()) / (x.std() or 1.0))
 
 
 def _quotient(above: FloatArray, below: FloatArray) -> FloatArray:

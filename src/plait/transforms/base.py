@@ -39,16 +39,8 @@ class Transform:
     @cached_property
     def spec(self) -> type[TransformParams]:
         """The shape of an entry of `transforms:` in a recipe."""
-        return create_model(
-            f"{self.name}_transform",
-            __base__=self.params,
-            __doc__=self.summary,
-            **{"name": _tag(self.name, self.summary)},
-        )
-
-
-def _tag(name: str, summary: str) -> Any:
-    return (Literal[name], Field(description=summary))
+        tag: Any = (Literal[self.name], Field(description=self.summary))
+        return create_model(f"{self.name}_transform", __base__=self.params, __doc__=self.summary, name=tag)
 
 
 TRANSFORMS: dict[str, Transform] = {}

@@ -109,7 +109,8 @@ def run_loop(
                 run.best, run.waited = held, 0
             elif step > spec.stop_warmup:
                 run.waited += 1
-            if held is run.best or (held.score >= start.score and not _is_clearly_worse(held, run.best, spec)):
+            worse = is_clearly_worse(held.texts, run.best.texts, spec.criterion, spec.tolerance)
+            if held is run.best or (held.score >= start.score and not worse):
                 run.kept, kept_state = held, learner.state()
             run.ended = bool(spec.patience) and run.waited >= spec.patience and step >= spec.min_steps
             if working is not None:
@@ -120,10 +121,6 @@ def run_loop(
     else:
         run.kept = run.looks[-1]
     return run
-
-
-def _is_clearly_worse(look: HeldOutScore, best: HeldOutScore, spec: TuneSpec) -> bool:
-    return is_clearly_worse(look.texts, best.texts, spec.criterion, spec.tolerance)
 
 
 def learning_rate(spec: TuneSpec, step: int, steps: int) -> float:

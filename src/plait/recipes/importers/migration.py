@@ -165,16 +165,14 @@ class _Migration:
         self._params = dict(params)
         self._moved |= {("method", name): (key, name) for name in params}
         self._method_forms.append((f"{key}: {spell_value(dict(params))}", ""))
-        if "transforms" in self._params:
-            self._move_hidden_transforms(key)
-
-    def _move_hidden_transforms(self, key: str) -> None:
+        if "transforms" not in self._params:
+            return
         hidden = self._params.pop("transforms")
         if "transforms" in self._data:
             self._problem((key, "transforms"), "transforms are given here and at the top; keep those at the top.")
-            return
-        self._data["transforms"] = hidden
-        self._moved["transforms",] = (key, "transforms")
+        else:
+            self._data["transforms"] = hidden
+            self._moved["transforms",] = (key, "transforms")
 
     def _take_lambda(self) -> None:
         if "lambda" not in self._data:
@@ -299,7 +297,8 @@ class _Migration:
         if "optimizer" not in self._data:
             return
         value = self._data.pop("optimizer")
-        if _is_off("optimizer", value):
+        kind = value.get("type", "none") if isinstance(value, Mapping) else value
+        if kind is None or str(kind).lower() == "none":
             if value is not None:
                 self._note(f"optimizer: {spell_value(value)}", "")
             return
@@ -396,14 +395,6 @@ def _entry(text: str, folder: Path | None) -> dict[str, Plain]:
         return named_entry(f"./{text}" if is_folder else text, folder)
     except AddressError:
         return {"path": text}
-
-
-def _is_off(key: str, value: Plain) -> bool:
-    """Return whether an old section asks for nothing."""
-    kind = value.get("type", "none") if isinstance(value, Mapping) else value
-    if key == "optimizer":
-        return kind is None or str(kind).lower() == "none"
-    return not value
 
 
 def _percent_problem(k: Plain) -> str | None:

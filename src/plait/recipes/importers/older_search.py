@@ -134,10 +134,12 @@ class _SearchReader:
         if unused[1]:
             self._remarks.append(f"{unused[0]} (it had no effect with type {kind})")
         wanted = {"grid": grid} if kind == "grid" else {"space": space}
-        if not any(wanted.values()):
-            self._note_nothing(old, top)
+        if any(wanted.values()):
+            self._search(old, wanted, kind)
             return self._found
-        self._search(old, wanted, kind)
+        given = {key: value for key, value in (("search", dict(old)), ("grid", dict(top))) if value}
+        for key, value in given.items():
+            self._found.notes.append((f"{key}: {spell_value(value)}", "", " It searches nothing."))
         return self._found
 
     def _search(self, old: Mapping[str, Plain], wanted: Mapping[str, Any], kind: str) -> None:
@@ -175,11 +177,6 @@ class _SearchReader:
             given = paths["method.lambda"]
             values = given if isinstance(given, list) else given.get("values")
             self._found.first["lambda"] = values[0] if values else given.get("min")
-
-    def _note_nothing(self, old: Mapping[str, Plain], top: Mapping[str, Plain]) -> None:
-        given = {key: value for key, value in (("search", dict(old)), ("grid", dict(top))) if value}
-        for key, value in given.items():
-            self._found.notes.append((f"{key}: {spell_value(value)}", "", " It searches nothing."))
 
     def _named(self, key: str, given: Plain, place: KeyPath, read: Any) -> dict[str, Any]:
         """Return path → values of a mapping by parameters."""

@@ -215,16 +215,11 @@ def _opened(task: LmEval) -> Any:
         raise TaskError(f"{where} shows images or sounds; only tasks of text are covered.")
     if getattr(inner, "UNSAFE_CODE", False):
         raise TaskError(f"{where} runs code that the model writes; that is not done here.")
-    _set_fewshot(inner, task, where)
-    return inner
-
-
-def _set_fewshot(inner: Any, task: LmEval, where: str) -> None:
-    """Set the number of examples in the prompt, as the harness does: a task's own 0 is kept."""
-    given = inner.get_config("num_fewshot")
+    given = inner.get_config("num_fewshot")  # of examples in the prompt: as in the harness, a task's own 0 is kept
     if task.num_fewshot and given == 0:
         raise TaskError(f"{where}: num_fewshot is {task.num_fewshot}, but lm-eval's task is meant without examples (0).")
     inner.set_config(key="num_fewshot", value=given or 0 if task.num_fewshot is None else task.num_fewshot)
+    return inner
 
 
 @cache
