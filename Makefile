@@ -15,6 +15,8 @@ PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c co
 
 # torch threads that wait asleep: spinning ones make a busy machine several times slower
 export OMP_WAIT_POLICY ?= PASSIVE
+# Tests' matrices are small, and several processes run tests: more threads only wait for each other.
+test test-newest test-oldest: export OMP_NUM_THREADS ?= 1
 # tests start some thirty processes, and each would compile plait again
 unexport PYTHONDONTWRITEBYTECODE
 

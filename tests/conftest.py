@@ -16,9 +16,10 @@ import torch
 from hypothesis import HealthCheck, settings
 
 import plait.commands
-from tests import library_warnings
+from tests import kept, library_warnings
 from tests.every import begin_anew
 
+gc.disable()  # until all is imported: looking for garbage on the way takes a tenth of it
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"  # TRL reports its use to the Hub; read when the libraries are imported
 
 library_warnings.watch()
@@ -37,6 +38,12 @@ def pytest_xdist_auto_num_workers() -> int:
     return len(os.sched_getaffinity(0)) + 1 if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1) + 1
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _kept(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What is made once per run has a place before anything is made."""
+    kept.keep_in(tmp_path_factory)
+
+
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
     """Several threads wait for each other far longer than small matrices take; and numbers are compared across processes."""
@@ -46,6 +53,15 @@ def one_thread() -> Iterator[None]:
         patch.setenv("OMP_NUM_THREADS", "1")
         yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def four_threads() -> Iterator[None]:
+    """As many as no worker of plait's has: a test sees whether they are given back."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -64,6 +80,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_collection_finish() -> None:
     """Look for no garbage among what was imported: trainers collect all of it, several times each."""
     gc.freeze()
+    gc.enable()
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -29,14 +29,6 @@ def prepared(folder: Path, **settings: object) -> tuple[Engine, Combiner]:
     return engine, engine.prepare()
 
 
-@pytest.fixture
-def four_threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(4)
-    yield
-    torch.set_num_threads(before)
-
-
 def test_what_follows_a_module_is_done_in_its_worker(tmp_path, four_threads):
     """Rounding to the output's dtype must not wait for the thread that writes, nor start more threads beside the workers."""
     engine, combiner = prepared(tmp_path)
