@@ -137,11 +137,16 @@ def _reader(model: Any, questions: Sequence[Question], batch_size: int) -> Cache
 
 
 def _packed_reader(model: Any, questions: Sequence[Question]) -> PackedReader | None:
-    shared = shared_tokens([q.prompt for q in questions]) if len(questions) > 1 else 0
-    if shared + max(_length(q, encoder_decoder=False) for q in questions) > MOST_NODES:
-        return None  # a text fills a row by itself: its mask grows with its square
+    if not _fit_rows(questions):
+        return None
     texts = [[*q.prompt, *max(q.answers, key=len)] for q in questions]
     return PackedReader(model) if why_not_packed(model, texts) is None else None
+
+
+def _fit_rows(questions: Sequence[Question]) -> bool:
+    """Whether no text fills a row by itself: its mask grows with its square."""
+    shared = shared_tokens([q.prompt for q in questions]) if len(questions) > 1 else 0
+    return shared + max(_length(q, encoder_decoder=False) for q in questions) <= MOST_NODES
 
 
 def _reads_less_packed(questions: Sequence[Question]) -> bool:
