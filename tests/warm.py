@@ -49,7 +49,7 @@ def _server() -> tuple[Path, socket.socket, subprocess.Popen[bytes] | None]:
     with (place / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         while True:
-            with suppress(FileNotFoundError, ConnectionRefusedError):  # it is not there yet, or does not listen yet
+            with suppress(FileNotFoundError, ConnectionRefusedError):  # it is not there yet, or does not answer yet
                 keeping.connect(str(path))
                 return path, keeping, process
             if process is None:

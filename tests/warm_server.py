@@ -1,6 +1,6 @@
 """Forks programs from one interpreter that has imported what takes long: one for all processes of a test run.
 
-`python -m tests.warm_server SOCKET` listens there, and leaves when the last of those that have come is gone. A connection that
+`python -m tests.warm_server SOCKET` answers there, and leaves when the last of those that have come is gone. A connection that
 asks for nothing keeps it; every other asks for one program, which is killed where the connection ends first.
 `python -P tests/warm_server.py SOCKET PROGRAM [ARGUMENT …]` asks for one, and ends as it does: in place of a new interpreter.
 """
@@ -25,7 +25,7 @@ from typing import Any
 _MODULES = ("plait.api", "plait.cli.main", "plait.hub", "plait.tuning.pipeline", "plait.verification.publish")
 # Not every environment has what training needs.
 _TRAINING = ("accelerate", "datasets", "peft", "plait.commands.train", "plait.training.sft", "plait.training.worker")
-_LOOK = 0.5  # seconds from one look to the next whether somebody is still there
+_LOOK = 0.5  # seconds from one look to the next whether a process is still there
 
 
 def ask(connection: socket.socket, order: Mapping[str, Any], files: Sequence[int]) -> None:
@@ -101,7 +101,7 @@ def _attend(connection: socket.socket) -> None:
 
 
 def _report(connection: socket.socket, pid: int) -> None:
-    end = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)  # until this process ends, the number is nobody else's
+    end = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)  # until this process ends, the number is no other process's
     if end is None:
         raise AssertionError("waitid was not asked to return at once")
     code = -end.si_status if end.si_code in (os.CLD_KILLED, os.CLD_DUMPED) else end.si_status
