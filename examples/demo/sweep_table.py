@@ -1,7 +1,7 @@
 """What `plait sweep` finds of the three adapters: a grid that a person would try, and searches of as many candidates.
 
 `python examples/demo/sweep_table.py` prints a table of them; `--commands` shows the command of each study. Studies and answers
-are kept in `--cache`, so that a run that was stopped goes on. A study asks 20 candidates up to 400 questions each;
+are kept in `--cache`, so that a run that was stopped goes on. A study asks 20 candidates up to 600 questions each;
 `--rows ties` runs only the studies whose name begins so.
 """
 
@@ -19,7 +19,7 @@ from tables import Found, Table, folder, plait, two_digits
 HERE = Path(__file__).resolve().parent
 NAMES = ("langid", "sentiment", "supersense")
 #: Of sentiment, whose own adapter gains least over the base, one answer weighs more, and so all are asked.
-ASKED = "--subset 100 --per-task sentiment=200 --load-dtype float32"
+PART = "--subset 100 --per-task sentiment=200"
 TIES = "--method ties --method-space core"
 
 
@@ -40,9 +40,9 @@ ROWS: Mapping[str, str] = {
     "ties, grid": f"{TIES} --grid scale=0.3,0.5,0.8,1.2,1.8 --grid density=0.1,0.2,0.4,0.8 --race false",
     "ties, bayes": f"{TIES} --space scale=0.2..2:log --space density=0.05..1:log --race false",
     "ties, bayes, racing": f"{TIES} --space scale=0.2..2:log --space density=0.05..1:log",
-    "weights, points": f"--method linear --space 'adapters.*.weight=0.05..1:log' --points '{points()}' --race false",
-    "weights, bayes": "--method linear --space 'adapters.*.weight=0.05..1:log' --race false",
-    "weights, bayes, racing": "--method linear --space 'adapters.*.weight=0.05..1:log'",
+    "weights, points": f"{PART} --method linear --space 'adapters.*.weight=0.05..1:log' --points '{points()}' --race false",
+    "weights, bayes": f"{PART} --method linear --space 'adapters.*.weight=0.05..1:log' --race false",
+    "weights, bayes, racing": f"{PART} --method linear --space 'adapters.*.weight=0.05..1:log'",
 }
 
 
@@ -51,7 +51,7 @@ def command(name: str, seed: int, cache: Path) -> list[str]:
     adapters = [str(HERE / "adapters" / task) for task in NAMES]
     tasks = ["--tasks", *(str(HERE / "tasks" / f"{task}.yaml") for task in NAMES)]
     place = ["--workspace", str(cache / "answers"), "-o", str(folder(name, seed, cache))]
-    chosen = [*shlex.split(ROWS[name]), *shlex.split(ASKED), "--seed", str(seed)]
+    chosen = [*shlex.split(ROWS[name]), "--load-dtype", "float32", "--seed", str(seed)]
     return ["sweep", *adapters, *tasks, "--base-id", str(base_model()), *chosen, *place]
 
 
