@@ -29,7 +29,7 @@ def test_every_study_is_a_search_of_twenty_candidates(script: ModuleType) -> Non
             elif flag == "--race":
                 given["race"] = value
             else:
-                assert flag in ("--method", "--method-space")
+                assert flag in ("--method", "--method-space", "--subset", "--per-task")
         spec = SearchSpec.model_validate(given)
         size = 1
         for values in spec.grid.values():
