@@ -410,6 +410,7 @@ def test_every_task_of_the_page_is_one(tmp_path):
         "image_classification",
         "image_classification",
         "audio_classification",
+        "asr",
         "lm_eval:arc_easy",
     ]
     shown = set(re.findall(r"^\| `(\w+)", page, re.MULTILINE))

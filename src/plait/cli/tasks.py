@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -75,7 +76,7 @@ def _show(found: TaskCheck) -> None:
         if split.sounds is not None:
             seconds = " / ".join(f"{n:.1f}" for n in (split.sounds.shortest, split.sounds.median, split.sounds.longest))
             rates = ", ".join(f"{count} of {rate} Hz" for rate, count in split.sounds.rates.items())
-            console.print(f"{name}: sounds of {seconds} seconds ({rates})", markup=False)
+            console.print(f"{name}: sounds of {seconds} seconds ({rates})  {_bars(split.sounds.counts)}", markup=False)
     for name, split in list(found.splits.items())[-1:]:
         for rendered in split.rendered:
             console.print(f"\n[dim]{name}, as the model reads it, up to the answer:[/dim]")
@@ -86,6 +87,11 @@ def _show(found: TaskCheck) -> None:
         console.print(f"{overlap}.", markup=False)
     print_notes(found.notes, console)
     console.print()
+
+
+def _bars(counts: Sequence[int]) -> str:
+    """Return a histogram as text; what there is any of has a bar."""
+    return "".join(" ▁▂▃▄▅▆▇█"[-(-8 * count // max(counts))] for count in counts)
 
 
 def _token_cells(split: SplitCheck) -> tuple[str, str]:

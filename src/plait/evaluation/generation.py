@@ -65,7 +65,7 @@ def generate_tokens(
     Raises:
         TaskError: as `generate`.
     """
-    ends = _ends(model, tokenizer)
+    ends = end_tokens(model, tokenizer)
     answers: list[list[int]] = [[] for _ in questions]
     for batch, rows in _answered(model, tokenizer, questions, max_new_tokens, (), batch_size):
         for i, row in zip(batch, rows.tolist(), strict=True):
@@ -132,7 +132,7 @@ def write_reply(
         torch.random.fork_rng(accelerators),
         torch.inference_mode(),
         plain_states(model),
-        _configured(model, config),
+        configured(model, config),
         announced_rereading(model),
     ):
         torch.manual_seed(sampling.seed)
@@ -146,7 +146,7 @@ def write_reply(
     return (
         tokenizer.decode(tokens, skip_special_tokens=True),
         len(tokens),
-        bool(tokens) and tokens[-1] in _ends(model, tokenizer),
+        bool(tokens) and tokens[-1] in end_tokens(model, tokenizer),
     )
 
 
@@ -170,7 +170,7 @@ class _Stream:
         """Nothing is held back."""
 
 
-def _ends(model: Any, tokenizer: Any) -> frozenset[int]:
+def end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
     """Return the tokens that end an answer."""
     # the model's own settings may ask for sampling, or punish repetition; only its end tokens are wanted
     ends = getattr(model.generation_config, "eos_token_id", None)
@@ -192,7 +192,7 @@ def _answered(
         rows = [questions[i].prompt for i in batch]
         ids, mask = padded(rows, model.device, pad, left=not encoder_decoder)
         start = 1 if encoder_decoder else ids.shape[1]  # where the generated tokens begin
-        with torch.inference_mode(), plain_states(model), _configured(model, config), announced_rereading(model):
+        with torch.inference_mode(), plain_states(model), configured(model, config), announced_rereading(model):
             out = model.generate(
                 input_ids=ids,
                 attention_mask=mask,
@@ -217,7 +217,7 @@ def _config(model: Any, tokenizer: Any, max_new_tokens: int, **how: Any) -> Any:
     return import_module("transformers").GenerationConfig(
         max_new_tokens=max_new_tokens,
         num_beams=1,
-        eos_token_id=sorted(_ends(model, tokenizer)) or None,
+        eos_token_id=sorted(end_tokens(model, tokenizer)) or None,
         pad_token_id=0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id,  # masked; any token will do
         **begins,
         **how,
@@ -250,7 +250,7 @@ def announced_rereading(model: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _configured(model: Any, config: Any) -> Iterator[None]:
+def configured(model: Any, config: Any) -> Iterator[None]:
     """Replace the model's generation configuration, from which `generate` takes what is not given."""
     own, model.generation_config = model.generation_config, config
     try:

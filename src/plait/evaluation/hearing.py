@@ -1,34 +1,36 @@
-"""Sounds that a model hears: outputs of heads."""
+"""Sounds that a model hears: its inputs in batches, and outputs of heads."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from plait.errors import TaskError
 from plait.evaluation.heads import logits_of
 from plait.evaluation.model_calls import StepListener, check_numbers
 from plait.hub.pretrained import refuse_failures
+from plait.libraries.transformers import fewest_samples
 from plait.notices import announce
+from plait.tasks.examples import Examples
 from plait.tasks.sounds import sample_count, samples, sound_rate
 
 _EXACT = ("Wav2Vec2FeatureExtractor", "WhisperFeatureExtractor")  # the first cuts nothing, the other what is known
+_SHOWN = 5
 
 
 def sound_outputs(
-    model: Any, extractor: Any, sounds: Sequence[bytes], *, outputs: int, batch_size: int, report: StepListener
+    model: Any, extractor: Any, examples: Examples, *, outputs: int, batch_size: int, report: StepListener
 ) -> list[list[float]]:
     """Return a head's outputs for every sound, float32.
-
-    Sounds of one length share a batch, so that none is padded beyond what the model itself does (Whisper: to 30 seconds).
 
     Args:
         model: with a head of transformers.
         extractor: what makes the model's input of samples.
-        sounds: encoded.
+        examples: with sounds.
         outputs: how many the head must have.
         batch_size: sounds at a time.
         report: called with the number of sounds finished since it was last called.
@@ -36,32 +38,45 @@ def sound_outputs(
     Raises:
         TaskError: the model has no head of that many outputs, its output is NaN, or a sound is too long or too short for it.
     """
+    found: list[list[float]] = [[] for _ in examples.items]
+    for batch, given in heard(model, extractor, examples, batch_size):
+        with torch.inference_mode():
+            out = model(**{extractor.model_input_names[0]: given})
+        for i, row in zip(batch, logits_of(model, out, 2, outputs).float().tolist(), strict=True):
+            check_numbers(model, row)
+            found[i] = row
+        report(len(batch))
+    return found
+
+
+def heard(model: Any, extractor: Any, examples: Examples, batch_size: int) -> Iterator[tuple[list[int], Tensor]]:
+    """Yield which sounds are in a batch, and the model's input of them in its dtype.
+
+    Sounds of one length share a batch, so that none is padded beyond what the model itself does (Whisper: to 30 seconds); and
+    such with one text before them, where there is one.
+
+    Raises:
+        TaskError: whether the extractor cuts sounds is not known, or one is too long or too short for the model.
+    """
     name = type(extractor).__name__
     if name not in _EXACT:
         raise TaskError(f"{name}: whether it cuts long sounds is not known; covered are {', '.join(_EXACT)}.")
     rate = int(extractor.sampling_rate)
+    sounds = [e.audio or b"" for e in examples.items]
     counts = [sample_count(data, rate) for data in sounds]
-    _check_lengths(model, extractor, counts, rate)
+    _check_lengths(model, extractor, examples, counts)
     if others := sorted({sound_rate(data) for data in sounds} - {rate}):
         listed = ", ".join(map(str, others))
         announce(f"sounds of {listed} Hz are resampled to {rate} Hz, which the model hears.", once=f"resampled {rate}")
-    groups: dict[int, list[int]] = defaultdict(list)
-    for i, count in enumerate(counts):
-        groups[0 if _window(extractor) else count].append(i)
-    found: list[list[float]] = [[] for _ in sounds]
+    groups: dict[tuple[str, int], list[int]] = defaultdict(list)
+    for i, (example, count) in enumerate(zip(examples.items, counts, strict=True)):
+        groups[example.text or "", 0 if _window(extractor) else count].append(i)
     for _, group in sorted(groups.items()):
         for at in range(0, len(group), batch_size):
             batch = group[at : at + batch_size]
             with refuse_failures("the base", "the feature extractor cannot prepare the sounds", TaskError):
                 given = extractor([samples(sounds[i], rate) for i in batch], sampling_rate=rate, return_tensors="pt")
-            key = extractor.model_input_names[0]
-            with torch.inference_mode():
-                out = model(**{key: given[key].to(model.device, model.dtype)})
-            for i, row in zip(batch, logits_of(model, out, 2, outputs).float().tolist(), strict=True):
-                check_numbers(model, row)
-                found[i] = row
-            report(len(batch))
-    return found
+            yield batch, given[extractor.model_input_names[0]].to(model.device, model.dtype)
 
 
 def _window(extractor: Any) -> int | None:
@@ -70,20 +85,26 @@ def _window(extractor: Any) -> int | None:
     return found
 
 
-def _check_lengths(model: Any, extractor: Any, counts: Sequence[int], rate: int) -> None:
+def _check_lengths(model: Any, extractor: Any, examples: Examples, counts: Sequence[int]) -> None:
     """Refuse sounds that the model would cut, or cannot hear."""
-    window, least, config = _window(extractor), 1, model.config
-    layers = zip(getattr(config, "conv_kernel", ()), getattr(config, "conv_stride", ()), strict=True)
-    for kernel, stride in reversed([*layers]):
-        least = (least - 1) * stride + kernel
-    long, short = [n for n in counts if window and n > window], [n for n in counts if n < least]
+    window, least, rate = _window(extractor), fewest_samples(model), int(extractor.sampling_rate)
+    long, short = [i for i, n in enumerate(counts) if window and n > window], [i for i, n in enumerate(counts) if n < least]
     if long:
+        named = _named(examples, long, lambda i: f"{counts[i] / rate:.1f} seconds")
         raise TaskError(
             f"{len(long)} of {len(counts)} sounds are longer than the {(window or 0) / rate:g} seconds that the model hears "
-            f"(the longest has {max(long) / rate:.1f}); nothing is cut in silence. Cut them, or leave them out."
+            f"({named}); nothing is cut in silence. Cut them, or leave them out."
         )
     if short:
+        named = _named(examples, short, lambda i: f"{counts[i]} samples")
         raise TaskError(
             f"{len(short)} of {len(counts)} sounds are shorter than the {least} samples that the model's convolutions need "
-            f"(the shortest has {min(short)}, at {rate} Hz); leave them out."
+            f"at {rate} Hz ({named}); leave them out."
         )
+
+
+def _named(examples: Examples, which: Sequence[int], say: Callable[[int], str]) -> str:
+    """Return the first of some examples by their rows, and what is to be said of each."""
+    rows = range(len(examples.items)) if examples.rows is None else examples.rows
+    more = f", and {len(which) - _SHOWN} more" if len(which) > _SHOWN else ""
+    return f"split {examples.split!r}: " + ", ".join(f"row {rows[i]} has {say(i)}" for i in which[:_SHOWN]) + more

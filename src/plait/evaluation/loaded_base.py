@@ -23,7 +23,7 @@ from plait.libraries.transformers import quiet_loading
 from plait.mixture import Mixture
 from plait.notices import announce
 from plait.results.progress import Progress
-from plait.tasks.asking import ClassPrompts
+from plait.tasks.asking import ClassPrompts, Transcribed
 from plait.tasks.schema import Task
 from plait.tensorfiles.formats import open_tensors
 
@@ -80,7 +80,7 @@ class LoadedBase:
         if column is None:
             return Readers(self.tokenizer)
         processor = self._image_processor if column.kind == "image" else self._feature_extractor
-        return Readers(self.tokenizer if isinstance(task.ask, ClassPrompts) else None, processor)
+        return Readers(self.tokenizer if isinstance(task.ask, (ClassPrompts, Transcribed)) else None, processor)
 
     @cached_property
     def _image_processor(self) -> Any:

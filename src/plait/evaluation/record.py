@@ -24,13 +24,13 @@ class Sample(Record):
 
     Attributes:
         id: of the example.
-        prompt: as the task's templates make it; chat turns as `role: content` lines.
+        prompt: as the task's templates make it; chat turns as `role: content` lines, a sound in words.
         target: the right answer.
         base: the base model's answer; None for perplexity.
         single: of the task's own adapter; None where there is none.
         merged: of what is evaluated.
         image: what was shown, as a small JPEG in a `data:` address; None where nothing was.
-        judged: whether an answer is right or wrong; numbers are not.
+        judged: whether an answer is right or wrong; numbers and transcripts are not.
     """
 
     id: str

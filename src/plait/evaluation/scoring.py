@@ -14,6 +14,7 @@ from plait.evaluation.heads import head_outputs, text_vectors, word_labels
 from plait.evaluation.hearing import sound_outputs
 from plait.evaluation.likelihood import log_likelihoods
 from plait.evaluation.model_calls import StepListener, vocabulary
+from plait.evaluation.transcribing import transcripts
 from plait.evaluation.vision import class_likeness, image_outputs
 from plait.tasks.answers import Answer
 from plait.tasks.asking import (
@@ -28,6 +29,7 @@ from plait.tasks.asking import (
     Similarity,
     TagHead,
     TargetLikelihood,
+    Transcribed,
 )
 from plait.tasks.encoding import PromptEncoder, Question, encode_readings
 from plait.tasks.examples import Examples
@@ -58,7 +60,7 @@ def answer_examples(
         TaskError: the task does not suit the model.
     """
     task, ask = examples.task, examples.task.ask
-    if not isinstance(ask, Reading) and not model.can_generate():
+    if not isinstance(ask, (Reading, Transcribed)) and not model.can_generate():
         raise TaskError(
             f"task {task.name!r} ({task.kind}) asks for texts, but {type(model).__name__} generates none; kinds that suit it "
             "are 'sequence_classification', 'token_classification', 'regression' and 'sentence_similarity'."
@@ -66,7 +68,7 @@ def answer_examples(
     if any(e.image is not None for e in examples.items):
         return _see(model, tokenizer, processor, examples, batch_size=batch_size, report=report)
     if any(e.audio is not None for e in examples.items):
-        return _hear(model, processor, examples, batch_size=batch_size, report=report)
+        return _hear(model, tokenizer, processor, examples, batch_size=batch_size, report=report)
     others = {name for e in examples.items for name in e.inputs} - {"text", "messages", "second", "words"}
     if others:
         raise TaskError(
@@ -172,12 +174,17 @@ def _see(
     return _labeled(examples, labels, rows)
 
 
-def _hear(model: Any, processor: Any, examples: Examples, *, batch_size: int, report: StepListener) -> list[Answer]:
-    ask, sounds = examples.task.ask, [e.audio or b"" for e in examples.items]
-    if not isinstance(ask, LabelHead):
-        raise TaskError(f"task {examples.task.name!r} ({examples.task.kind}): only labels are asked of sounds.")
-    rows = sound_outputs(model, processor, sounds, outputs=len(ask.labels), batch_size=batch_size, report=report)
-    return _labeled(examples, ask.labels, rows)
+def _hear(
+    model: Any, tokenizer: Any, processor: Any, examples: Examples, *, batch_size: int, report: StepListener
+) -> list[Answer]:
+    match examples.task.ask:
+        case Transcribed() as ask:
+            texts = transcripts(model, tokenizer, processor, examples, ask, batch_size=batch_size, report=report)
+            return [Answer(id=e.id, target=e.target, given=text) for e, text in zip(examples.items, texts, strict=True)]
+        case LabelHead(labels=labels):
+            rows = sound_outputs(model, processor, examples, outputs=len(labels), batch_size=batch_size, report=report)
+            return _labeled(examples, labels, rows)
+    raise TaskError(f"task {examples.task.name!r} ({examples.task.kind}): only labels and transcripts are asked of sounds.")
 
 
 def _labeled(examples: Examples, labels: Sequence[str], rows: Sequence[Sequence[float]]) -> list[Answer]:

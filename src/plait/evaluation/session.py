@@ -21,12 +21,13 @@ from plait.evaluation.subsets import ChosenSubset
 from plait.recipes.evaluation import EvalSpec
 from plait.results.progress import Progress
 from plait.tasks.answers import Answer, Metric
-from plait.tasks.asking import NumberHead, Similarity
+from plait.tasks.asking import NumberHead, Similarity, Transcribed
 from plait.tasks.examples import Examples
 from plait.tasks.images import thumbnail
 from plait.tasks.inputs import Example
 from plait.tasks.metrics import metric_of
 from plait.tasks.schema import Task
+from plait.tasks.sounds import sound_words
 
 _SAMPLES = 5
 T = TypeVar("T")
@@ -211,7 +212,11 @@ class AnswerSession:
             undefined=_undefined_reason(task, values, found, self.adapters),
             below_base=values[2] < values[0] if metric.higher_is_better else values[2] > values[0],
             samples=_samples(
-                entry.examples.items, base, alone, merged, judged=not isinstance(task.ask, (NumberHead, Similarity))
+                entry.examples.items,
+                base,
+                alone,
+                merged,
+                judged=not isinstance(task.ask, (NumberHead, Similarity, Transcribed)),
             ),
         )
 
@@ -372,7 +377,7 @@ def _samples(
     return tuple(
         Sample(
             id=items[i].id,
-            prompt=items[i].prompt_text,
+            prompt=items[i].prompt_text if (sound := items[i].audio) is None else sound_words(sound),
             target=items[i].target,
             base=base[i].given,
             single=None if alone is None else alone[i].given,

@@ -235,6 +235,55 @@ def media_class(model_type: str) -> str | None:
     return next((name for name, table in _MEDIA_HEADS.items() if model_type in getattr(known, table, {})), None)
 
 
+_MOONSHINE = ((127, 64), (7, 3), (3, 2))  #: Kernel and stride of its convolutions, which its configuration does not have.
+
+
+def fewest_samples(model: Any) -> int:
+    """Return how many samples of a sound the convolutions at the beginning of a model need; 1 where it has none."""
+    least, config = 1, getattr(model.config, "encoder", model.config)
+    named = tuple(zip(getattr(config, "conv_kernel", ()), getattr(config, "conv_stride", ()), strict=True))
+    for kernel, stride in reversed(_MOONSHINE if config.model_type == "moonshine" else named):
+        least = (least - 1) * stride + kernel
+    return int(least)
+
+
+#: What says, in Whisper's generation configuration, what languages and tasks are and what is never written.
+_WHISPER_SETTINGS = (
+    "alignment_heads", "begin_suppress_tokens", "bos_token_id", "decoder_start_token_id", "eos_token_id", "forced_decoder_ids",
+    "is_multilingual", "lang_to_id", "language", "no_timestamps_token_id", "pad_token_id", "prev_sot_token_id",
+    "suppress_tokens", "task", "task_to_id",
+)  # fmt: skip
+
+
+def is_whisper(model: Any) -> bool:
+    """Whether a model writes down sounds by Whisper's own code."""
+    return hasattr(model, "detect_language")
+
+
+def whisper_settings(model: Any) -> dict[str, Any]:
+    """Return the parts of Whisper's own generation configuration that its transcripts depend on, sampling and beams aside."""
+    own = model.generation_config
+    return {name: value for name in _WHISPER_SETTINGS if (value := getattr(own, name, None)) is not None}
+
+
+def language_code(language: str) -> str:
+    """Return Whisper's code of a language that is given by its name or its code."""
+    known = import_module("transformers.models.whisper.tokenization_whisper").TO_LANGUAGE_CODE
+    return str(known.get(language.lower(), language.lower()))
+
+
+def writes_sounds_down(model_type: str) -> bool:
+    """Whether a kind of model has an encoder of sounds and a decoder of texts, and no class of texts alone.
+
+    Raises:
+        MissingPackageError: transformers is not installed.
+    """
+    known = optional("transformers.models.auto.modeling_auto", "eval", "a live model")
+    tables = ("MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES", "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES")
+    speech, texts = (getattr(known, table, {}) for table in tables)
+    return model_type in speech and model_type not in texts
+
+
 def newly_made(report: Mapping[str, Any]) -> list[str]:
     """Return the parameters that were not loaded, by what `from_pretrained` reports: missing, or of another shape."""
     others = (key if isinstance(key, str) else key[0] for key in report["mismatched_keys"])  # 5.x has the shapes with them

@@ -18,11 +18,12 @@ from plait.hub.download import resolve_model
 from plait.inspection.compatibility import replication_problems
 from plait.libraries.accelerate import PLACEMENTS
 from plait.libraries.peft import LABELED_TASKS, TASK_HEADS
-from plait.libraries.transformers import AUTO_MODELS, media_class, newly_made
+from plait.libraries.transformers import AUTO_MODELS, media_class, newly_made, writes_sounds_down
 from plait.linalg.devices import device_problem
 from plait.parsing import shown
 
 _CLASSES = {**AUTO_MODELS, "FEATURE_EXTRACTION": "AutoModel"}
+_SPEECH = "AutoModelForSpeechSeq2Seq"
 _LABELED_WEIGHTS = tuple(f"{layer}.weight" for layer in (*TASK_HEADS["SEQ_CLS"], "classifier.out_proj"))
 
 
@@ -109,13 +110,16 @@ def _class_name(transformers: Any, adapters: Sequence[Adapter], config: Any) -> 
     for kind, adapter in kinds.items():
         if kind not in _CLASSES:
             raise PlanError(f"{adapter.config.path}: task_type {shown(kind)} is not known; known are {', '.join(_CLASSES)}.")
-        return _CLASSES[kind]
+        speech = kind == "SEQ_2_SEQ_LM" and writes_sounds_down(str(config.model_type))
+        return _SPEECH if speech else _CLASSES[kind]
     seen_or_heard = media_class(str(config.model_type))
     if seen_or_heard is not None and any(_label_tensors(a) for a in adapters):
         return seen_or_heard  # PEFT has no task type for them
     named = next(iter(config.architectures or ()), "")
+    if named and hasattr(transformers, named):
+        return named
     # a checkpoint with code of its own registers it with the Auto classes
-    return named if named and hasattr(transformers, named) else "AutoModelForCausalLM"
+    return _SPEECH if writes_sounds_down(str(config.model_type)) else "AutoModelForCausalLM"
 
 
 def _labels(adapters: Sequence[Adapter], *, untyped: bool) -> int | None:

@@ -7,6 +7,7 @@ from typing import Literal, TypeAlias
 
 Length = Literal["sum", "tokens", "bytes"]
 Pooling = Literal["mean", "first"]
+SpeechTask = Literal["transcribe", "translate"]
 
 
 @dataclass(frozen=True)
@@ -102,8 +103,25 @@ class Similarity(Reading):
 
 
 @dataclass(frozen=True)
+class Transcribed:
+    """What is said in a sound, as text.
+
+    Attributes:
+        language: that is spoken, by name or code; None: the model's own setting, or what it hears.
+        task: whether it is written down, or put into English; None: the model's own setting.
+        max_new_tokens: longest transcript; None: as long as the decoder has places for.
+        beams: that are followed; 1 takes the likeliest token.
+    """
+
+    language: str | None = None
+    task: SpeechTask | None = None
+    max_new_tokens: int | None = None
+    beams: int = 1
+
+
+@dataclass(frozen=True)
 class Harness:
     """By lm-eval's own evaluator."""
 
 
-Ask: TypeAlias = Choices | TargetLikelihood | Generated | Reading | Harness
+Ask: TypeAlias = Choices | TargetLikelihood | Generated | Reading | Transcribed | Harness

@@ -15,7 +15,7 @@ from plait.tasks.inputs import Prompt, prompt_text
 from plait.tasks.metrics import metric_of
 from plait.tasks.overlap import Overlap, overlaps
 from plait.tasks.schema import SPLITS, Task
-from plait.tasks.sounds import SoundLengths, sound_lengths
+from plait.tasks.sounds import SoundLengths, sound_lengths, sound_words
 
 _SHOWN = 2
 _NO_ROWS = "it has no data: calibrate, tune and merge --tasks put generic lines into its prompt; it cannot be evaluated."
@@ -165,9 +165,12 @@ def _check_split(examples: Examples, encoder: _Tokenizer | None) -> SplitCheck:
 
 def _rendered(examples: Examples, index: int, encoder: _Tokenizer | None) -> Rendered:
     example = examples.items[index]
-    prompt = (
-        example.prompt_text if encoder is None or getattr(examples.task, "file_column", None) else encoder.text(example.prompt)
-    )
+    if example.audio is not None:
+        prompt = "\n".join(filter(None, (sound_words(example.audio), example.text))) + "\n"
+    elif encoder is None or example.image is not None:
+        prompt = example.prompt_text
+    else:
+        prompt = encoder.text(example.prompt)
     return Rendered(prompt=prompt, target=getattr(examples.task, "delimiter", "") + example.target)
 
 
@@ -187,7 +190,7 @@ def _notes(splits: dict[SplitName, Examples]) -> list[str]:
     task = next(iter(splits.values())).task
     prompt = next(iter(splits.values())).items[0].prompt
     notes = []
-    if isinstance(prompt, str) and prompt.endswith(" ") and not isinstance(task.ask, Reading):
+    if isinstance(prompt, str) and prompt.endswith(" ") and hasattr(task, "delimiter"):
         notes.append("the prompt ends in a blank, which most tokenizers join to the next word; put it into 'delimiter'.")
     for name, examples in splits.items():
         absent = set(task.closed_labels or ()) - {e.target for e in examples.items}

@@ -18,6 +18,7 @@ from plait.tasks.templates import Template
 _SHOWN = 5
 _PORTION = 1024  # rows between two looks at what was wrong
 _NOTHING = "N/A"
+_NOT_HASHED = {"name", "description", "data", "splits", "adapter", "include", "spellings"}  # names and places
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Examples:
     @cached_property
     def digest(self) -> str:
         """Hash of everything about task and data that a score depends on."""
-        about = self.task.model_dump(mode="json", exclude={"name", "description", "data", "splits", "adapter", "include"})
+        about = self.task.model_dump(mode="json", exclude=_NOT_HASHED)
         return content_digest({**about, **self.task.own_digest()}, [e.id for e in self.items], self.blank)
 
 

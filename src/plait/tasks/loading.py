@@ -131,8 +131,6 @@ def _bad_kind(kind: Plain) -> Problem:
     known = join_words([repr(f"{LM_EVAL}NAME" if model is LmEval else name) for name, model in KINDS.items()], "or")
     if kind is None:
         return Problem(("kind",), f"'kind' is missing; it must be {known}.")
-    if kind == "asr":
-        return Problem(("kind",), f"kind is 'asr': transcripts of sounds are not covered. It may be {known}.")
     return Problem(("kind",), f"kind is {show_value(kind)}; it must be {known}.{did_you_mean(str(kind), KINDS)}")
 
 
@@ -148,8 +146,9 @@ def _placed(data: Mapping[str, Plain], folder: Path) -> dict[str, Plain]:
     found = dict(data)
     if isinstance(path := get_item(data.get("data"), "path"), str) and path:
         found["data"] = {**data["data"], "path": str((folder / expanded(path)).absolute())}
-    if isinstance(include := data.get("include"), str) and include:
-        found["include"] = str((folder / expanded(include)).absolute())
+    for key in ("include", "spellings"):
+        if isinstance(path := data.get(key), str) and path:
+            found[key] = str((folder / expanded(path)).absolute())
     return found
 
 

@@ -5,7 +5,6 @@ Macro-F1's own value is scikit-learn's, word alignment is jiwer's, ROUGE is roug
 
 from __future__ import annotations
 
-import string
 from collections.abc import Callable, Iterable, Sequence
 from operator import eq
 from typing import TypeAlias
@@ -16,7 +15,8 @@ from plait.errors import TaskError, did_you_mean
 from plait.extras import optional, require
 from plait.plugins import Registry
 from plait.tasks.answers import Answer, FloatArray, Metric, ratio, summed
-from plait.tasks.schema import Normalization, Task
+from plait.tasks.normalizing import Normalizer, normalizer
+from plait.tasks.schema import Task
 
 OfTask: TypeAlias = Callable[[Task], Metric]
 #: Name → what makes a task's metric. Third parties add theirs by the entry-point group `plait.metrics`, under the name.
@@ -340,21 +340,9 @@ def _quotient(above: FloatArray, below: FloatArray) -> FloatArray:
     return np.where(usable, above / np.where(usable, below, 1.0), 0.0)
 
 
-def _normalizer(task: Task) -> Callable[[str], str]:
-    """Return what is done to answer and target before they are compared; the order is fixed."""
-    steps: tuple[Normalization, ...] = getattr(task, "normalize", ())
-
-    def clean(text: str) -> str:
-        if "lower" in steps:
-            text = text.lower()
-        if "punctuation" in steps:
-            text = text.translate(_NO_PUNCTUATION)
-        if "whitespace" in steps:
-            text = " ".join(text.split())
-        return text.strip()
-
-    return clean
+def _normalizer(task: Task) -> Normalizer:
+    """Return what is done to answer and target before they are compared."""
+    return normalizer(getattr(task, "normalize", ()), getattr(task, "spellings", None))
 
 
-_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 METRICS.load_plugins()

@@ -21,7 +21,6 @@ from plait.tasks.inputs import Example, FileColumn, Inputs, Row, TextPair, input
 from plait.tasks.templates import Template as Compiled
 
 SPLITS: tuple[SplitName, ...] = ("train", "calibration", "validation", "test")
-Normalization = Literal["lower", "punctuation", "whitespace"]
 TemplateText = Annotated[str, Field(min_length=1)]
 InputMaker: TypeAlias = Callable[[Sequence[Row]], Sequence[Inputs | TaskError]]
 TargetMaker: TypeAlias = Callable[[Sequence[Row]], Sequence[str | TaskError]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import math
 from collections import Counter
@@ -19,6 +20,7 @@ from plait.tasks.row_files import encoded_file
 
 ENDINGS = (".flac", ".mp3", ".oga", ".ogg", ".opus", ".wav")
 _MOST_SECONDS = 600
+_PARTS = 10  # of a histogram
 
 
 class SoundLengths(Record):
@@ -30,6 +32,7 @@ class SoundLengths(Record):
         shortest: in seconds.
         median: in seconds.
         longest: in seconds.
+        counts: how many there are in each of ten equal parts of the time from the shortest to the longest.
     """
 
     formats: dict[str, int]
@@ -37,6 +40,7 @@ class SoundLengths(Record):
     shortest: float
     median: float
     longest: float
+    counts: tuple[int, ...] = ()
 
 
 def sound_bytes(row: Row, column: FileColumn, where: str) -> bytes | TaskError:
@@ -80,7 +84,15 @@ def sound_lengths(sounds: Sequence[bytes]) -> SoundLengths:
         shortest=seconds[0],
         median=seconds[len(seconds) // 2],
         longest=seconds[-1],
+        counts=tuple(np.histogram(seconds, bins=_PARTS)[0].tolist()),
     )
+
+
+def sound_words(data: bytes) -> str:
+    """Return a sound in words: its length, rate and format, and its hash."""
+    info = _soundfile().info(io.BytesIO(data))
+    digest = hashlib.sha256(data).hexdigest()[:16]
+    return f"⟨audio of {info.frames / info.samplerate:.1f} seconds, {info.samplerate} Hz {info.format}, sha256 {digest}⟩"
 
 
 def _problem(data: bytes) -> str:

@@ -165,12 +165,12 @@ def _chosen(split: str | tuple[str, ...], there: Sequence[str]) -> str:
 def training_problem(task: Task) -> str | None:
     """Return, in words, why adapters are not trained here for a task; None where they are."""
     second, seen = getattr(task, "second", None), getattr(task, "file_column", None)
-    if not isinstance(task.ask, Reading) or (type(task.ask) is LabelHead and second is None and seen is None):
+    if seen is None and (not isinstance(task.ask, Reading) or (type(task.ask) is LabelHead and second is None)):
         return None
     what = "two texts with a label" if second is not None and type(task.ask) is LabelHead else f"kind {task.kind}"
     return (
         f"task {task.name!r}: training on {what} is not covered, only on a text with a label. Train this adapter with PEFT "
-        "and merge it; calibration, evaluation and search have the task."
+        f"and merge it; {'' if seen is not None else 'calibration, '}evaluation and search have the task."
     )
 
 

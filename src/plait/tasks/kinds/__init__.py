@@ -1,6 +1,7 @@
 """Kinds of tasks: one file per kind, which registers it. A new kind is one file and one line here."""
 
 from plait.tasks.kinds import (  # noqa: F401
+    asr,
     audio_classification,
     classification,
     generation,

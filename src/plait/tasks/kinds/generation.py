@@ -9,7 +9,8 @@ from pydantic import Field
 
 from plait.errors import TaskError
 from plait.tasks.asking import Generated
-from plait.tasks.schema import Normalization, PromptedTask, TemplateText, kind
+from plait.tasks.normalizing import Normalization, check_reference, normalizer
+from plait.tasks.schema import PromptedTask, TemplateText, kind
 
 _ROUGE_SEES = re.compile("[a-z0-9]", re.IGNORECASE | re.ASCII)
 
@@ -39,8 +40,8 @@ class Generation(PromptedTask):
         Raises:
             TaskError: it is not.
         """
-        if self.metric in ("wer", "cer") and not target.strip():
-            raise TaskError(f"{self.where}: target {target!r} is empty; {self.metric} needs one.")
+        if self.metric in ("wer", "cer"):
+            check_reference(target, normalizer(self.normalize), self.metric, self.where)
         if self.metric.startswith("rouge") and not _ROUGE_SEES.search(target):
             raise TaskError(
                 f"{self.where}: target {target!r} has none of a–z and 0–9, all that rouge-score sees; use 'wer' or 'cer'."
