@@ -374,9 +374,9 @@ def test_normalization(tmp_path):
     assert clean.value(given) == 1
 
 
-def test_transcripts_are_not_covered(tmp_path):
-    printed = refused(written(tmp_path, TASK.replace("kind: classification", "kind: asr")))
-    assert "t.yaml:2: kind: kind is 'asr': transcripts of sounds are not covered. It may be" in printed
+def test_an_unknown_kind_is_refused_with_those_that_there_are(tmp_path):
+    printed = refused(written(tmp_path, TASK.replace("kind: classification", "kind: transcription")))
+    assert "t.yaml:2: kind: kind is 'transcription'; it must be 'asr'" in printed
     assert "'lm_eval:NAME'" in printed
 
 

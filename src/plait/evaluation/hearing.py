@@ -104,7 +104,7 @@ def _check_lengths(model: Any, extractor: Any, examples: Examples, counts: Seque
 
 
 def _named(examples: Examples, which: Sequence[int], say: Callable[[int], str]) -> str:
-    """Return the first of some examples by their rows, and what is to be said of each."""
+    """Return the first of some examples by their rows, and what is to be named of each."""
     rows = range(len(examples.items)) if examples.rows is None else examples.rows
     more = f", and {len(which) - _SHOWN} more" if len(which) > _SHOWN else ""
     return f"split {examples.split!r}: " + ", ".join(f"row {rows[i]} has {say(i)}" for i in which[:_SHOWN]) + more

@@ -138,7 +138,7 @@ def _spoken(model: Any, where: str, ask: Transcribed) -> dict[str, Any]:
 
 
 def _prompt(model: Any, tokenizer: Any, where: str, text: str) -> Tensor | None:
-    """Return a text as tokens that were said before, (n,); None where it is empty."""
+    """Return a text as tokens that were spoken before, (n,); None where it is empty."""
     if not text.strip():
         return None
     if not hasattr(tokenizer, "get_prompt_ids"):

@@ -104,7 +104,7 @@ class Similarity(Reading):
 
 @dataclass(frozen=True)
 class Transcribed:
-    """What is said in a sound, as text.
+    """What is spoken in a sound, as text.
 
     Attributes:
         language: that is spoken, by name or code; None: the model's own setting, or what it hears.

@@ -1,4 +1,4 @@
-"""What is said in a sound, written down."""
+"""What is spoken in a sound, written down."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Asr(HeardTask):
     kind: Literal["asr"]
     metric: str = "wer"
     prompt: Annotated[
-        TemplateText | None, Field(description="Jinja2 template of the text that Whisper takes as what was said before.")
+        TemplateText | None, Field(description="Jinja2 template of the text that Whisper takes as what was spoken before.")
     ] = None
     target: Annotated[TemplateText, Field(description="Jinja2 template of the transcript.")] = "{{ text }}"
     language: Annotated[
@@ -68,7 +68,7 @@ class Asr(HeardTask):
         return Transcribed(self.language, self.task, self.max_new_tokens, self.beams)
 
     def inputs_of(self) -> InputMaker:
-        """Return the sound of every row, and what was said before it where there is a prompt."""
+        """Return the sound of every row, and what was spoken before it where there is a prompt."""
         sounds = super().inputs_of()
         if self.prompt is None:
             return sounds
