@@ -22,7 +22,7 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
-_MODULES = ("plait.api", "plait.cli.main", "plait.hub", "plait.tuning.pipeline", "plait.verification.publish")
+_MODULES = ("torch", "plait.api", "plait.cli.main", "plait.hub", "plait.tuning.pipeline", "plait.verification.publish")
 # Not every environment has what training needs.
 _TRAINING = ("accelerate", "datasets", "peft", "plait.commands.train", "plait.training.sft", "plait.training.worker")
 _LOOK = 0.5  # seconds from one look to the next whether a process is still there
