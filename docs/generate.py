@@ -12,9 +12,12 @@ table of a recipe's keys is written from the schema.
 from __future__ import annotations
 
 import json
+import keyword
 import re
 import sys
+import textwrap
 import tomllib
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,7 @@ from plait.methods import METHODS
 from plait.recipes.importers.other_tools import page as words
 from plait.recipes.keys import recipe_keys
 from plait.recipes.problems import spell_value
+from plait.recipes.schema import Recipe
 from plait.results.older_keys import page as older_keys
 
 ROOT = Path(__file__).parents[1]
@@ -39,6 +43,7 @@ PICTURES = {ROOT / "docs" / "pictures" / f"recovery-{name}.svg": colors for name
 OTHER_TOOLS = ROOT / "docs" / "coming-from.md"
 PAGES = ("linear", "elementwise", "spectral", "geometric", "solved", "compatibility")
 KEYS = ROOT / "src" / "plait" / "cli" / TABLE.name
+SETTINGS = ROOT / "src" / "plait" / "api" / "settings.py"
 _BLOCK = re.compile(r"(?<=<!-- methods: )([\w\s]+?)( -->\n).*?(?=<!-- /methods -->)", re.DOTALL)
 _WORDS = re.compile(r"(?<=<!-- words -->\n).*?(?=<!-- /words -->)", re.DOTALL)
 _OLDER_KEYS = re.compile(r"(?<=<!-- older keys -->\n).*?(?=<!-- /older keys -->)", re.DOTALL)
@@ -53,7 +58,7 @@ def page(name: str) -> Path:
     return ROOT / "docs" / "methods" / f"{name}.md"
 
 
-FILES = (*map(page, PAGES), METHODS_PAGE, VERSIONS_PAGE, OTHER_TOOLS, KEYS, *PICTURES)
+FILES = (*map(page, PAGES), METHODS_PAGE, VERSIONS_PAGE, OTHER_TOOLS, KEYS, SETTINGS, *PICTURES)
 
 
 def methods_of(text: str) -> list[str]:
@@ -136,6 +141,96 @@ def versions() -> str:
     return "\n".join(["", "| package | tested | oldest allowed | comes with |", "|---|---|---|---|", *rows, ""])
 
 
+#: The keywords of a group of functions: the beginning of their paths in a recipe → without it.
+_KEYWORDS = {
+    "MergeSettings": (
+        "Keywords of what merges: keys of a recipe, of its output, and parameters of methods.",
+        ("", "output.", "method."),
+    ),
+    "BakeSettings": ("The same, but for what shapes an adapter.", ("", "method.")),
+    "CalibrationSettings": ("Keywords of `plait.calibrate`: keys of a recipe's `calibration`.", ("calibration.",)),
+    "CompressSettings": ("Keywords of `plait.compress`.", ("output.", "")),
+}
+_LEFT_OUT = {
+    **{key: {"version", "adapters", "tasks", "name", "weights"} for key in ("MergeSettings", "BakeSettings")},
+    "CompressSettings": {"kind", "rank", "format", *(key for key in Recipe.model_fields if key != "base_model")},
+}
+_OF_RECIPES = {
+    "method": "MethodName | str | Mapping[str, Any]",
+    "weights": "Sequence[float] | Mapping[str, Any]",
+    **dict.fromkeys(("heads", "eval", "calibration", "tune", "search"), "Mapping[str, Any]"),
+}
+_BY_HAND = {"MergeSettings": _OF_RECIPES, "BakeSettings": _OF_RECIPES}
+_SETTINGS_HEAD = '''"""Types of the keywords that recipes take, for editors and type checkers; written by `make docs`.
+
+Parameters of methods that other packages register are taken too, and are in no type.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, TypedDict
+'''
+
+
+def settings() -> str:
+    """Return the module of keywords' types."""
+    lines = [_SETTINGS_HEAD, "MethodName = Literal["]
+    lines += [f'    "{name}",' for name in METHODS]
+    lines.append("]")
+    for name, (about, above) in _KEYWORDS.items():
+        lines += ["", "", f"class {name}(TypedDict, total=False):", f'    """{about}"""', ""]
+        for key, kind in _BY_HAND.get(name, {}).items():
+            lines += [
+                f"    {key}: {kind}",
+                *_field_text(Recipe.model_fields[key].description or f"Keys of a recipe's `{key}`."),
+            ]
+        taken = {*_BY_HAND.get(name, {}), *_LEFT_OUT.get(name, ())}
+        for head, about_key in product(above, recipe_keys()):
+            key = about_key["path"].removeprefix(head)
+            is_here = about_key["path"].startswith(head) and "." not in key
+            if is_here and key not in taken and not keyword.iskeyword(key):
+                taken.add(key)
+                lines += [f"    {key}: {_type(about_key['allowed'])}", *_field_text(about_key["description"])]
+    return "\n".join(lines) + "\n"
+
+
+def _field_text(text: str) -> list[str]:
+    wrapped = textwrap.wrap(text.replace("\\", ""), 116, break_long_words=False, break_on_hyphens=False)
+    return (
+        [f'    """{wrapped[0]}"""']
+        if len(wrapped) == 1
+        else [f'    """{wrapped[0]}', *(f"    {x}" for x in wrapped[1:]), '    """']
+    )
+
+
+def _type(allowed: str) -> str:
+    """Return the type of allowed values that are described in words."""
+    kinds, words = dict[str, None](), []
+    for part in allowed.split(" | "):
+        if part.startswith(("number", "integer")):
+            kinds["float" if part.startswith("number") else "int"] = None
+        elif part in _PLAIN:
+            kinds[_PLAIN[part]] = None
+        elif part.startswith("list of"):
+            inner = part.removeprefix("list of ").split()[0]
+            kinds[
+                f"Sequence[{ {'number': 'float', 'integer': 'int', 'string': 'str'}.get(inner, 'Any') }]".replace(" ", "")
+            ] = None
+        elif part.startswith("mapping"):
+            kinds["Mapping[str, Any]"] = None
+        elif re.fullmatch(r"\w+", part):
+            words.append(f'"{part}"')
+        else:
+            kinds["Any"] = None
+    literal = [f"Literal[{', '.join(words)}]"] if words and not any(kind.startswith("Sequence[Any") for kind in kinds) else []
+    found = " | ".join([*literal, *(kind for kind in kinds if kind != "None"), *(["None"] if "None" in kinds else [])])
+    return "Any" if "Any" in kinds or len(found) > 90 else found
+
+
+_PLAIN = {"string": "str", "true": "bool", "false": "bool", "null": "None", "object": "Any", "1": "int"}
+
+
 def means() -> list[tuple[str, float, float, float]]:
     """Return (merge, mean recovery, and its interval's ends) from the table of docs/results.md."""
     table = RESULTS.read_text(encoding="utf-8").partition("<!-- demo -->")[2].partition("<!-- /demo -->")[0]
@@ -186,6 +281,8 @@ def picture(colors: tuple[str, ...]) -> str:
 
 def generated(path: Path) -> str:
     """Return a file with its generated parts made again."""
+    if path == SETTINGS:
+        return settings()
     if path in PICTURES:
         return picture(PICTURES[path])
     if path == KEYS:

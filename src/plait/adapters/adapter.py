@@ -64,7 +64,11 @@ class Target:
 
 @dataclass(frozen=True)
 class Adapter:
-    """One trained LoRA, opened.
+    """One trained LoRA, opened; tensors are read when they are asked for.
+
+    >>> adapter = plait.Adapter.open("./a", "maths")
+    >>> path, target = next(iter(adapter.targets.items()))
+    >>> adapter.read(path)[0].scaled(target.scaling).dense().shape
 
     Attributes:
         name: unique within a merge.

@@ -15,6 +15,11 @@ from plait.linalg.factored import ThinSVD
 class LowRank:
     """ΔW = b @ a, with every scaling already folded in.
 
+    >>> import torch
+    >>> one, two = (plait.LowRank(torch.randn(2, 6), torch.randn(4, 2)) for _ in range(2))
+    >>> total = plait.LowRank.concatenate([one, two], [0.7, 0.3])
+    >>> total.rank, torch.allclose(total.dense(), 0.7 * one.dense() + 0.3 * two.dense(), atol=1e-5)
+
     Attributes:
         a: (r, d_in).
         b: (d_out, r).

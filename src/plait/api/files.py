@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypedDict, Unpack
 
+from plait.api.settings import BakeSettings, CompressSettings, MergeSettings
 from plait.commands.compress import CompressOrder
 from plait.commands.convert import ConvertOrder
 from plait.commands.merge import Merged, MergeOrder
@@ -29,6 +30,23 @@ if TYPE_CHECKING:
     from plait.verification.verify import Verification
 
 
+class ExtractSettings(TypedDict, total=False):
+    """Keywords of `plait.extract` that few calls need."""
+
+    targets: Sequence[str] | None
+    """Names of layers or shell patterns; all Linear layers, convolutions and fused experts when None."""
+    embeddings: bool
+    """Take embeddings too."""
+    modules_to_save: bool
+    """Keep norms and biases as full tensors."""
+    dtype: str
+    """Of the written tensors: float32, bfloat16 or float16."""
+    layout: str
+    """One rank for all modules (`uniform`), or each its own (`pattern`)."""
+    base_id: str
+    """The base model's name to write."""
+
+
 def merge(  # noqa: PLR0913 (what a command line takes)
     source: RecipeSource,
     *,
@@ -48,11 +66,15 @@ def merge(  # noqa: PLR0913 (what a command line takes)
     load_dtype: str = "auto",
     device_map: str = "auto",
     trust_remote_code: bool = False,
-    **settings: Any,
+    **settings: Unpack[MergeSettings],
 ) -> Merged:
     """Merge adapters into one.
 
-    >>> plait.merge({"maths": "./a", "code": "org/repo@main"}, method="ties", density=0.3, out="merged")
+    >>> merged = plait.merge({"maths": "./a", "code": "./b"}, method="ties", space="core", density=0.3, out="merged")
+    >>> merged.record.rank, merged.record.kept
+
+    Merged are the deltas ΔW = s · B A, (d_out, d_in) per module, in float32. `plait methods` and docs/methods have each
+    method's equation and source.
 
     Args:
         source: adapters (references, or name → reference), the path of a recipe, or a `Recipe`, whose relative paths start at
@@ -114,9 +136,25 @@ def plan(
     add: Adapters | None = None,
     inputs: Mapping[str, str | Path] | None = None,
     from_merged: bool = False,
-    **settings: Any,
+    **settings: Unpack[MergeSettings],
 ) -> MergePlan:
     """Return what `merge` would do with the same arguments; reads headers, no tensor. Of a bake, see `plan_bake`.
+
+    >>> plan = plait.plan(["./a", "./b"], method="svd")
+    >>> plan.rank, plan.result, plan.output_bytes
+
+    Args:
+        source: as `merge` takes it, and so are all others.
+        workers: for the estimate of memory.
+        moments: second moments of the modules' inputs.
+        tasks: files of the adapters' tasks.
+        add: adapters that an earlier merge gets besides its own.
+        inputs: with `add`: name → reference.
+        from_merged: with `add`: take the merged adapter in place of its sources.
+        **settings: as `merge`.
+
+    Returns:
+        Ranks, weights and exactness per module, what is promised, bytes to write and estimated memory in bytes.
 
     Raises:
         PlaitError: as `merge`.
@@ -146,7 +184,7 @@ def bake(  # noqa: PLR0913 (what a command line takes)
     device_map: str = "auto",
     trust_remote_code: bool = False,
     cluster: str | None = None,
-    **settings: Any,
+    **settings: Unpack[BakeSettings],
 ) -> Baked:
     """Write base model + merge as a full model, shard by shard.
 
@@ -177,6 +215,9 @@ def bake(  # noqa: PLR0913 (what a command line takes)
         trust_remote_code: let transformers run code that comes with its weights.
         cluster: `ray` or `ray://HOST:PORT`: make the files on the nodes of an existing Ray cluster, to the same bytes.
         **settings: as `merge`, but for what shapes an adapter (`rank`, `kind`, `layout`).
+
+    Returns:
+        Folder, plan and record; `parity` where `check` was given.
 
     Raises:
         PlaitError: anything wrong with what was given, all of it at once; nothing is left at `out` then.
@@ -211,9 +252,26 @@ def plan_bake(
     dequantize: bool = False,
     moments: str | Path | Mapping[str, str | Path] | MomentsOf | None = None,
     tasks: Sequence[str | Path] | None = None,
-    **settings: Any,
+    **settings: Unpack[BakeSettings],
 ) -> BakePlan:
     """Return what `bake` would write with the same arguments; reads headers, no tensor.
+
+    >>> plait.plan_bake(["./a", "./b"], base="org/model").notes
+
+    Args:
+        source: as `bake` takes it, and so are all others.
+        base: the base model.
+        dtype: of all float tensors.
+        shard_size: largest file.
+        workers: threads.
+        device: where blocks are added up.
+        dequantize: read a quantized base as the plain model that it encodes.
+        moments: second moments of the modules' inputs.
+        tasks: files of the adapters' tasks.
+        **settings: as `bake`.
+
+    Returns:
+        The files, where every delta lands in them, sizes in bytes, and notes.
 
     Raises:
         PlaitError: as `bake`.
@@ -235,9 +293,11 @@ def compress(
     force: bool = False,
     workers: int | None = None,
     progress: Progress | None = None,
-    **settings: Any,
+    **settings: Unpack[CompressSettings],
 ) -> MergeResult:
-    """Write one adapter at a lower rank: the best approximation of its deltas, heads kept in place.
+    """Write one adapter at a lower rank: the best approximation of its deltas (Eckart & Young 1936), heads kept in place.
+
+    >>> plait.compress("./a", rank=4, out="small").record.lowest_kept
 
     Args:
         adapter: a reference.
@@ -248,6 +308,9 @@ def compress(
         workers: modules worked on at a time.
         progress: receives stages and steps.
         **settings: as `merge` (`dtype`, `layout`, `base_model`).
+
+    Returns:
+        Folder, plan and run record, with the share of ‖ΔW‖² that every module keeps.
 
     Raises:
         PlaitError: as `merge`.
@@ -267,7 +330,7 @@ def convert(
 ) -> ConvertResult:
     """Write an adapter in the format of another program, with the same factors.
 
-    >>> plait.convert("./adapter", to="mlx", out="adapter-mlx")
+    >>> plait.convert("./a", to="mlx", out="a-mlx").folder
 
     Args:
         adapter: a reference.
@@ -277,6 +340,9 @@ def convert(
         base_model: the base model, where the adapter names none, or another; GGUF needs its `config.json`.
         force: replace a result of plait's at `out`.
         progress: receives stages and steps.
+
+    Returns:
+        Folder and plan: what was written where, and notes on values that were rounded.
 
     Raises:
         PlaitError: it cannot be read, or the format has no place for something of it; nothing is left at `out` then.
@@ -295,7 +361,7 @@ def extract(
     force: bool = False,
     workers: int | None = None,
     progress: Progress | None = None,
-    **settings: Any,
+    **settings: Unpack[ExtractSettings],
 ) -> ExtractResult:
     """Write a LoRA adapter from a full fine-tune: the best approximation of what it changed, layer by layer.
 
@@ -335,11 +401,18 @@ def inspect(
 ) -> Inspection:
     """Describe adapters and how they relate: exact, from their factors only.
 
+    >>> found = plait.inspect({"maths": "./a", "code": "./b"})
+    >>> found.comparison.cosine[0][1], found.compatibility.problems
+
     Args:
         source: references, or name → reference.
         base_model: the base model, when the adapters name it differently.
         workers: target modules looked at at the same time.
         progress: receives stages and steps.
+
+    Returns:
+        One report per adapter; the measures of every pair, (T, T), over all modules and per layer; whether they can be
+        merged; and what vLLM needs.
 
     Raises:
         PlaitError: adapters cannot be found or opened; all of them at once.
@@ -458,10 +531,15 @@ def push(
 def migrate_recipe(file: str | Path, *, out: str | Path | None = None, force: bool = False) -> str:
     """Return the text of a recipe in today's form: an older form, or mergekit's YAML, is rewritten.
 
+    >>> print(plait.migrate_recipe("recipe.yaml"))
+
     Args:
         file: the recipe.
         out: also write it there.
         force: replace the file at `out`.
+
+    Returns:
+        YAML; it ends with a line break.
 
     Raises:
         PlaitError: it cannot be read, a part of it has no counterpart, or it is not valid; or `out` may not be written.

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 from plait.api.files import optional_path
+from plait.api.settings import CalibrationSettings, MergeSettings
 from plait.commands.request import RecipeSource, Request
 from plait.hub.pretrained import LoadOptions
 from plait.results.progress import Progress
@@ -36,7 +37,7 @@ def calibrate(  # noqa: PLR0913 (what a command line takes)
     force: bool = False,
     progress: Progress | None = None,
     sets: Sequence[str] = (),
-    **settings: Any,
+    **settings: Unpack[CalibrationSettings],
 ) -> CalibrateResult:
     """Take the second moments of every adapted module's inputs, each adapter on its own tasks' texts; no label is read.
 
@@ -92,7 +93,7 @@ def tune(  # noqa: PLR0913 (what a command line takes)
     force: bool = False,
     progress: Progress | None = None,
     sets: Sequence[str] = (),
-    **settings: Any,
+    **settings: Unpack[MergeSettings],
 ) -> TuneResult:
     """Merge adapters, and let the merge learn from unlabeled texts what it lost; no label is read.
 
@@ -152,7 +153,7 @@ def sweep(  # noqa: PLR0913 (what a command line takes)
     force: bool = False,
     progress: Progress | None = None,
     sets: Sequence[str] = (),
-    **settings: Any,
+    **settings: Unpack[MergeSettings],
 ) -> SweepResult:
     """Search for the merge that loses least: candidates are compared on one split, the best is asked once on another.
 
@@ -208,9 +209,14 @@ def sweep(  # noqa: PLR0913 (what a command line takes)
 def sweep_status(folder: str | Path, *, storage: str | None = None) -> StudyStatus:
     """Return how far a search is, while it runs or after it.
 
+    >>> plait.sweep_status("study").best_score
+
     Args:
         folder: of the study.
         storage: Optuna's address of a shared storage, as the search had it.
+
+    Returns:
+        Counts of candidates by state, and the best so far.
 
     Raises:
         PlaitError: there is no study.
@@ -236,7 +242,7 @@ def evaluate(  # noqa: PLR0913 (what a command line takes)
     workspace: str | Path | None = "artifacts",
     workers: int | None = None,
     progress: Progress | None = None,
-    **settings: Any,
+    **settings: Unpack[MergeSettings],
 ) -> Evaluation:
     """Evaluate what a merge kept of every adapter: base, each task's own adapter and the merge on the same examples.
 
@@ -262,6 +268,10 @@ def evaluate(  # noqa: PLR0913 (what a command line takes)
         workers: modules merged at a time; never changes a number.
         progress: receives stages and steps.
         **settings: as `merge`.
+
+    Returns:
+        Per task the metric of base, own adapter and merge, and recovery = (merged − base) / (own − base), oriented; the
+        mean and the worst recovery; 95 % intervals of all (paired, Bayesian bootstrap over examples).
 
     Raises:
         PlaitError: anything wrong with what was given. Answers that were finished are kept, and not asked for again.
@@ -317,6 +327,9 @@ def evaluator(  # noqa: PLR0913 (what a command line takes)
         workspace: where answers of base and single adapters are kept; those of a live state never are.
         progress: receives stages and steps.
 
+    Returns:
+        The live mixture, and `score`, which takes a context in which a state is active.
+
     Raises:
         PlaitError: anything wrong with what was given.
     """
@@ -347,7 +360,7 @@ def ask(  # noqa: PLR0913 (what a command line takes)
     trust_remote_code: bool = False,
     workers: int | None = None,
     progress: Progress | None = None,
-    **settings: Any,
+    **settings: Unpack[MergeSettings],
 ) -> AskResult:
     """Ask base, single adapters and a merge the same prompts; nothing is written.
 
@@ -373,6 +386,9 @@ def ask(  # noqa: PLR0913 (what a command line takes)
         workers: modules merged at a time; never changes a number.
         progress: receives stages and steps.
         **settings: as `merge`.
+
+    Returns:
+        Per prompt the text that models read, and who wrote what: `base`, each adapter, `merged`.
 
     Raises:
         PlaitError: anything wrong with what was given.
@@ -458,10 +474,15 @@ def check_tasks(
 ) -> list[TaskCheck]:
     """Describe tasks: rendered examples, token counts, label balance, overlap between splits.
 
+    >>> plait.check_tasks(["tasks/intent.yaml"], model="./base")[0].splits
+
     Args:
         tasks: their files.
         model: reference of the model whose tokenizer and chat template are used; tokens are not counted without one.
         trust_remote_code: run code that comes with that tokenizer.
+
+    Returns:
+        One description per task, in order.
 
     Raises:
         PlaitError: files or data that cannot be read, rows that do not fit.
@@ -482,6 +503,8 @@ def report(
 ) -> ReportResult:
     """Write one page that shows what a merge kept: readable offline, in one file.
 
+    >>> plait.report("merged", out="report.html").page
+
     Args:
         runs: run folders or result files of evaluations and leaderboards, and folders of written merges, for the energy they
             kept. The page is about the first.
@@ -490,6 +513,9 @@ def report(
         figures: folder for the same figures as SVG and PNG; none are drawn when None.
         force: replace a file at `out`.
         progress: receives stages and steps.
+
+    Returns:
+        The page, the figures, and what is in them.
 
     Raises:
         ReportError: a path holds no run, or a library is missing; all paths at once.

@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 from plait.api.files import optional_path
+from plait.api.settings import MergeSettings
 from plait.commands.request import RecipeSource, Request, complete_from_texts
 from plait.errors import RecipeError
 from plait.hub.pretrained import LoadOptions
@@ -117,7 +118,7 @@ class Session:
         """The live base with the adapters, whose coefficients are data."""
         return self._evaluator.mixture
 
-    def merge(self, name: str = "merged", **settings: Any) -> SessionMerge:
+    def merge(self, name: str = "merged", **settings: Unpack[MergeSettings]) -> SessionMerge:
         """Return a merge of the session's adapters; nothing is computed before it is scored or asked.
 
         A method that needs second moments, and `scale="auto"`, read the tasks' texts now, with the base loaded for that.
@@ -125,6 +126,9 @@ class Session:
         Args:
             name: for people; two merges that are asked together need two.
             **settings: as `plait.merge` takes them: `method`, `scale`, `weights`, …
+
+        Returns:
+            What `score`, `ask` and `save` take; its `recipe` is complete.
 
         Raises:
             PlaitError: the recipe is not valid, or the merge cannot be done.
@@ -142,6 +146,12 @@ class Session:
 
     def score(self, merged: SessionMerge) -> Evaluation:
         """Evaluate a merge next to base and single adapters, whose answers are asked once.
+
+        Args:
+            merged: a merge of this session.
+
+        Returns:
+            As `plait.evaluate`.
 
         Raises:
             RecipeError: the session has no tasks.
@@ -163,6 +173,19 @@ class Session:
         sampling_seed: int = 0,
     ) -> AskResult:
         """Ask base, single adapters and merges the same prompts; the arguments are those of `plait.ask`.
+
+        Args:
+            prompts: text, a file, or a list of texts and chats.
+            *merges: of this session, each with a name of its own; none asks base and single adapters alone.
+            system: the first message of every chat.
+            plain: read prompts as they are.
+            max_new_tokens: longest reply.
+            temperature: of the draws; 0 takes the likeliest token.
+            top_p: of the draws.
+            sampling_seed: of the draws.
+
+        Returns:
+            As `plait.ask`, every merge under its name.
 
         Raises:
             RecipeError: two of those asked have one name.
@@ -190,6 +213,9 @@ class Session:
             merged: a merge of this session.
             out: where to write.
             force: replace an adapter that is there.
+
+        Returns:
+            As `plait.merge`.
 
         Raises:
             PlaitError: it cannot be written; nothing is left at `out` then.

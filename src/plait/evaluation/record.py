@@ -132,6 +132,9 @@ class SingleAdapter(Record):
 class Evaluation(Viewed, OlderKeysDropped):
     """What one merge, adapter or model kept.
 
+    >>> found = plait.evaluate("merged", tasks=["tasks/intent.yaml", "tasks/langid.yaml"])
+    >>> found.worst_recovery, found.worst_interval, found.to_pandas()
+
     Attributes:
         version: of this format.
         plait: version that made it.

@@ -160,6 +160,9 @@ class AdapterReport(Record):
 class Inspection(Viewed, Record):
     """Everything known of some adapters.
 
+    >>> found = plait.inspect(["./a", "./b"])
+    >>> found.adapters[0].ranks, found.comparison.findings, len(found.to_pandas())
+
     Attributes:
         adapters: one report each.
         comparison: side by side; None for a single adapter.

@@ -298,7 +298,9 @@ def save_moments(path: str | Path, moments: Mapping[str, Found]) -> None:
 
     `plait calibrate` takes them and writes the same; this is for moments that come from elsewhere.
 
-    >>> plait.save_moments("moments/maths.safetensors", {"model.layers.0.mlp.up_proj": x.T @ x / len(x), ...})
+    >>> import torch
+    >>> x = torch.randn(1000, 576)
+    >>> plait.save_moments("moments/maths.safetensors", {"model.layers.0.mlp.up_proj": x.T @ x / len(x)})
 
     Args:
         path: of the new file (.safetensors); it must not exist.

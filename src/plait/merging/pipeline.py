@@ -46,6 +46,9 @@ T = TypeVar("T")
 class MergeResult(Viewed, ShortRepr):
     """A finished merge.
 
+    >>> result = plait.merge(["./a", "./b"], out="both")
+    >>> result.folder, result.record.max_lora_rank, len(result.to_pandas())
+
     Attributes:
         folder: where it was written.
         plan: what was to happen.

@@ -60,6 +60,8 @@ class ModulePlan(Record):
 class MergePlan(Viewed, Record):
     """What a merge will do.
 
+    >>> [(m.target, m.exact_rank) for m in plait.plan(["./a", "./b"]).modules][:3]
+
     Attributes:
         method: name.
         space: name.

@@ -38,7 +38,21 @@ class LoadedRecipe(NamedTuple):
 
 
 def load_recipe(path_or_text: str | Path, *, overrides: Overrides = ()) -> Recipe:
-    """Return the recipe that a file or a text describes; that of a file knows its folder. See `read_recipe`."""
+    """Return the recipe that a file or a text describes; that of a file knows its folder.
+
+    >>> recipe = plait.load_recipe("recipe.yaml", overrides={"scale": 0.5})
+    >>> plait.plan(recipe).rank
+
+    Args:
+        path_or_text: a file, or the text of a recipe, in today's form or any other that plait reads (`plait recipe migrate`).
+        overrides: path → value, such as `method.density`, set on top of what is read.
+
+    Returns:
+        The recipe, with every default.
+
+    Raises:
+        RecipeError: the file cannot be read, or the recipe is not valid; all that is wrong is listed with its line.
+    """
     loaded, notes = _read(path_or_text, overrides)
     _warn(notes)
     return loaded.recipe if _is_text(path_or_text) else loaded.recipe.placed(loaded.folder)

@@ -241,7 +241,10 @@ def _is_share(text: str) -> bool:
 
 
 class Recipe(Record):
-    """Everything a merge depends on.
+    """Everything a merge depends on; docs/reference has its keys.
+
+    >>> recipe = plait.Recipe(adapters=["./a", "./b"], method="ties", scale=0.5)
+    >>> plait.plan(recipe).modules[0].ranks
 
     Constructing one directly raises pydantic's ValidationError; `load_recipe` and `plait.merge` raise a RecipeError instead,
     with places and suggestions. Relative paths start at `folder`, which is compared, but never written or dumped.
