@@ -24,7 +24,7 @@ from transformers import (
     Wav2Vec2Model,
     WhisperConfig,
     WhisperForConditionalGeneration,
-    WhisperTokenizer,
+    WhisperTokenizerFast,
 )
 
 import plait
@@ -124,7 +124,9 @@ class World:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         vocabulary = {letter: i for i, letter in enumerate(["Ġ", *LETTERS, *(f"<|{s}|>" for s in SPECIAL)])}
-        tokens = WhisperTokenizer(vocab=vocabulary, merges=[], additional_special_tokens=[f"<|{s}|>" for s in SPECIAL[1:]])
+        (folder / "vocab.json").write_text(json.dumps(vocabulary))
+        (folder / "merges.txt").write_text("#version: 0.2\n")
+        tokens = WhisperTokenizerFast.from_pretrained(folder, additional_special_tokens=[f"<|{s}|>" for s in SPECIAL[1:]])
         (folder / "vocab.json").write_text(json.dumps({t: i for i, t in enumerate(["<pad>", "<s>", "</s>", "|", *LETTERS])}))
         labels = Wav2Vec2CTCTokenizer(str(folder / "vocab.json"), unk_token="<pad>")
         for kind, make, tokenizer in (("whisper", whisper, tokens), ("wav2vec2", ctc, labels)):

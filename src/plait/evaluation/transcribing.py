@@ -112,7 +112,8 @@ def _whisper(model: Any, tokenizer: Any, where: str, ask: Transcribed, texts: se
         own = {**library.whisper_settings(model), "return_timestamps": False}
         out = _generated(model, ask, own, limit, input_features=given, prompt_ids=prompts[text], **keywords)
         special = set(tokenizer.all_special_ids)
-        return _decoded(tokenizer, [[token for token in row if token not in special] for row in out.tolist()], limit)
+        lengths = [sum(token not in special for token in row) for row in out.tolist()]
+        return tokenizer.batch_decode(out, skip_special_tokens=True), sum(length >= limit for length in lengths)
 
     return write
 
@@ -180,14 +181,10 @@ def _decoder(model: Any, tokenizer: Any, ask: Transcribed) -> _Writer:
 
     def write(given: Tensor, _: str) -> tuple[list[str], int]:
         out = _generated(model, ask, own, int(limit), **{model.main_input_name: given})
-        return _decoded(tokenizer, [_until(row, ends) for row in out[:, 1:].tolist()], int(limit))
+        rows = [_until(row, ends) for row in out[:, 1:].tolist()]
+        return tokenizer.batch_decode(rows, skip_special_tokens=True), sum(len(row) >= limit for row in rows)
 
     return write
-
-
-def _decoded(tokenizer: Any, rows: Sequence[Sequence[int]], limit: int) -> tuple[list[str], int]:
-    """Return transcripts of their tokens, and how many have as many as they may have."""
-    return tokenizer.batch_decode(rows, skip_special_tokens=True), sum(len(row) >= limit for row in rows)
 
 
 def _until(row: Sequence[int], ends: frozenset[int]) -> list[int]:
