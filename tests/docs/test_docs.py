@@ -21,6 +21,7 @@ from plait.cli.main import command_tree
 from plait.methods import METHODS
 from plait.recipes.keys import recipe_keys
 from plait.recipes.loading import load_recipe
+from plait.testing import cohort
 from tests.command_line import exit_code
 from tests.every import every
 
@@ -52,9 +53,10 @@ def commands() -> list[str]:
 
 @pytest.fixture
 def workplace(tmp_path, monkeypatch):
-    """A folder with adapters ./a and ./b and a recipe, as the README assumes."""
-    shutil.copytree(DEMO / "sentiment", tmp_path / "a")
-    shutil.copytree(DEMO / "langid", tmp_path / "b")
+    """A folder with adapters ./a and ./b and a recipe, as the pages assume; small ones, for there are many commands."""
+    cohort([(48, 32), (32, 48)] * 3, [8, 8]).save(tmp_path)
+    for before, after in (("adapter0", "a"), ("adapter1", "b")):
+        (tmp_path / before).rename(tmp_path / after)
     (tmp_path / "recipe.yaml").write_text("adapters: [./a, ./b]\nmethod: linear\n")
     monkeypatch.chdir(tmp_path)
     return tmp_path
