@@ -8,12 +8,14 @@ that it is part of, since a snapshot there is made of links to them.
 from __future__ import annotations
 
 import errno
-import io
 import os
 import re
 import stat
 from collections.abc import Iterator
+from io import BufferedReader
 from pathlib import Path
+
+from plait.parsing import opened
 
 _LONGEST = 255  # bytes of a name, on every common file system
 _DRIVE = re.compile(r"[A-Za-z]:")
@@ -79,25 +81,35 @@ def file_in(folder: Path, name: str) -> Path:
     return real
 
 
-def open_in(folder: Path, name: str) -> io.BufferedReader:
+def open_in(folder: Path, name: str) -> BufferedReader:
     """Open a file of a folder for reading; one that has been exchanged for a link or a pipe in the meantime is refused.
 
     Raises:
         OSError: as `file_in`, or it cannot be read.
     """
     real = file_in(folder, name)
-    handle = os.open(real, os.O_RDONLY | _ONCE)
-    if not stat.S_ISREG(os.fstat(handle).st_mode):
-        os.close(handle)
-        raise OutsideError(f"{name} is not a regular file")
-    return io.open(handle, "rb")  # noqa: UP020 (its type is known)
+    try:
+        return opened(os.open(real, os.O_RDONLY | _ONCE), real)
+    except OSError as error:
+        if error.errno == errno.EINVAL:
+            raise OutsideError(f"{name} is not a regular file") from None
+        raise
 
 
 def entries(folder: Path) -> Iterator[str]:
-    """Yield what is in a folder and below and is not a folder itself, links among it, by its name from there."""
-    for place, folders, files in os.walk(folder):
+    """Yield what is in a folder and below and is not a folder itself, links among it, by its name from there.
+
+    Raises:
+        OSError: a folder cannot be read; one that is gone holds nothing.
+    """
+    for place, folders, files in os.walk(folder, onerror=_unless_gone):
         links = [name for name in folders if Path(place, name).is_symlink()]  # which are not followed
         yield from (Path(place, name).relative_to(folder).as_posix() for name in (*files, *links))
+
+
+def _unless_gone(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError):
+        raise error
 
 
 def _roots(folder: Path) -> list[Path]:

@@ -7,12 +7,14 @@ and no key has two values. `plait.recipes.documents` reads YAML under the same l
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import re
 import select
 import stat
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from io import BufferedReader
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -20,6 +22,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from plait.errors import PlaitError
 
 if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
     from pydantic import BaseModel
 
     Model = TypeVar("Model", bound=BaseModel)
@@ -125,11 +128,56 @@ def open_bytes(path: Path) -> BufferedReader:
     Raises:
         OSError: there is no such file, or it is a folder, a pipe or a device.
     """
-    handle = _handle(path)
-    if stat.S_ISREG(os.fstat(handle).st_mode):
-        return os.fdopen(handle, "rb")
-    os.close(handle)
-    raise OSError(errno.EINVAL, "a folder, a pipe or a device, not a file", str(path))
+    return opened(_handle(path), path)
+
+
+def opened(handle: int, path: Path) -> BufferedReader:
+    """Return an open regular file for reading; where that fails, then or later, the error names the file.
+
+    Args:
+        handle: of the file, closed where it cannot be read.
+        path: of the file.
+
+    Raises:
+        OSError: it is a folder, a pipe or a device, or the system cannot say.
+    """
+    try:
+        with _naming(path):
+            if stat.S_ISREG(os.fstat(handle).st_mode):
+                return BufferedReader(_NamedFile(handle, path))
+            raise OSError(errno.EINVAL, "a folder, a pipe or a device, not a file")
+    except OSError:
+        os.close(handle)
+        raise
+
+
+class _NamedFile(io.FileIO):
+    """A file whose failures name it: the system does so for those of opening alone."""
+
+    def __init__(self, handle: int, path: Path) -> None:
+        super().__init__(handle)
+        self._path = path
+
+    def readinto(self, buffer: WriteableBuffer) -> int | None:
+        with _naming(self._path):
+            return super().readinto(buffer)
+
+    def readall(self) -> bytes:
+        with _naming(self._path):
+            return super().readall() or b""
+
+    def seek(self, position: int, whence: int = os.SEEK_SET) -> int:
+        with _naming(self._path):
+            return super().seek(position, whence)
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        error.filename = str(path)
+        raise
 
 
 def _handle(path: Path) -> int:

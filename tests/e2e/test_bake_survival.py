@@ -299,14 +299,14 @@ def test_a_base_that_ends_early_while_it_is_read(materials, tmp_path, monkeypatc
     from plait.baking import journal
 
     base = Path(shutil.copytree(materials.base, tmp_path / "base"))
-    begin = journal.BakeJournal.begin
+    finish = journal.BakeJournal.finish
 
-    def cut(self: journal.BakeJournal, digest: str) -> None:
-        begin(self, digest)
+    def cut(self: journal.BakeJournal, shard: str, size: int, sha256: str) -> None:
+        finish(self, shard, size, sha256)
         os.truncate(base / "model.safetensors", 40_000)
 
-    monkeypatch.setattr(journal.BakeJournal, "begin", cut)
-    with pytest.raises(AdapterError, match=r"model\.safetensors.* ends early.*change") as caught:
+    monkeypatch.setattr(journal.BakeJournal, "finish", cut)
+    with pytest.raises(AdapterError, match=r"model\.safetensors: the file was changed while it was read") as caught:
         plait.bake(materials.pair, base=base, out=tmp_path / "out", shard_size="20KB", workers=1)
     assert not (tmp_path / "out").exists()
     assert "the same command continues from there" in "".join(caught.value.__notes__)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 from pathlib import Path
@@ -172,6 +173,17 @@ def test_a_bug_of_ours_is_code_1(capsys, tmp_path, monkeypatch):
     _, err = run(capsys, "merge", *PAIR, code=1)
     assert "This is a bug in plait" in err
     assert "ZeroDivisionError" in err
+
+
+@pytest.mark.parametrize("name", ["first/adapter_model.safetensors", b"first/adapter_model.safetensors"])
+def test_a_file_that_the_system_fails_at_is_named_and_no_bug_of_ours(capsys, tmp_path, monkeypatch, name):
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(errno.ESTALE, "Stale file handle", name)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("plait.merging.pipeline.run_recipe", fail)
+    assert run(capsys, "merge", *PAIR, code=2)[1].endswith("\nerror: first/adapter_model.safetensors: Stale file handle.\n")
+    assert "in fail" in run(capsys, "merge", *PAIR, "--traceback", code=2)[1]
 
 
 def test_traceback_on_request(capsys, tmp_path, monkeypatch):

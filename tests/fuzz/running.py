@@ -1,4 +1,4 @@
-"""One corruption: a fresh world, one file of it damaged, one command, and whether what came of it is right."""
+"""One corruption, or one failure of the system: a fresh world, one command, and whether what came of it is right."""
 
 from __future__ import annotations
 
@@ -26,9 +26,11 @@ from safetensors.torch import load_file
 
 from plait.cli.main import main
 from tests.fuzz.corruptions import corrupt
+from tests.fuzz.faults import failing
 from tests.fuzz.formats import deltas_of
 from tests.fuzz.world import COMMANDS, Command
 
+_FAULTS = 0.15  # share of attempts in which files are whole, and the system fails
 _NAMELESS = "a refusal that names no file"
 _AT = re.compile(
     r"model\.layers\.|(weights|method|output|transforms)\.|the weights or the scale|there is no folder|GB are needed"
@@ -78,7 +80,7 @@ class _TooLong(BaseException):
 
 
 def attempt(seed: int, world: Path, scratch: Path) -> Outcome:
-    """Damage one file and run one command.
+    """Damage one file, or have the system fail at one, and run one command.
 
     Args:
         seed: from which command, file and damage are drawn.
@@ -93,17 +95,25 @@ def attempt(seed: int, world: Path, scratch: Path) -> Outcome:
         source = world / name
         (shutil.copytree if source.is_dir() else shutil.copyfile)(source, scratch / name)
     target = chosen.choice(sorted(scratch.glob(chosen.choice(command.files))))
-    change = corrupt(chosen, target)
-    what = f"plait {' '.join(command.words)}   [{target.relative_to(scratch)}: {change}]"
     before = _names(scratch)
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    code, shown = run(command.words, scratch)
+    fault = chosen.random() < _FAULTS
+    out = command.words[command.words.index("-o") + 1] if "-o" in command.words else None
+    with contextlib.ExitStack() as stack:
+        if fault:
+            change, place = stack.enter_context(failing(chosen, target, out))
+        else:
+            change, place = corrupt(chosen, target), target
+        what = f"plait {' '.join(command.words)}   [{target.relative_to(scratch)}: {change}]"
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        code, shown = run(command.words, scratch)
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory) * 1024
-    finding = judge(command, scratch, target, code, shown, before)
+    finding = judge(command, scratch, place, code, shown, before)
     if finding == _NAMELESS and (change.startswith("values") or target.suffix in (".yaml", ".json")) and _AT.search(shown):
         finding = None  # numbers that can be read, and lead to a result that cannot be written
+    if finding == _NAMELESS and place != target and "cannot be written" in shown:
+        finding = None  # nor can what the command writes elsewhere, such as a workspace
     if finding is None and code in (0, None) and command.exact:
-        finding = _compare(command, scratch, world)
+        finding = _compare(command, world if fault else scratch, world, scratch / "out")
     if finding is None and grown > _MOST_MEMORY:
         finding = f"it took {grown >> 20} MB of memory"
     return Outcome(seed, what, code, finding, shown[-1500:])
@@ -148,7 +158,7 @@ def judge(command: Command, folder: Path, target: Path, code: int | str | None, 
     return None
 
 
-def _compare(command: Command, folder: Path, world: Path) -> str | None:
+def _compare(command: Command, folder: Path, world: Path, out: Path) -> str | None:
     """Compare a merge with the sum of what an independent reader finds in its sources."""
     names = command.words[1 : 2 if command.words[0] == "convert" else 3]
     weights = [float(w) for w in command.words[4:6]] if "--weights" in command.words else [1.0] * len(names)
@@ -156,7 +166,7 @@ def _compare(command: Command, folder: Path, world: Path) -> str | None:
         parts = [(w, _source(folder / name, world / name)) for w, name in zip(weights, names, strict=True)]
     except Exception as error:
         return f"accepted, and no independent reader can read it ({type(error).__name__}: {error})"
-    found = _by_flat_name(folder / "out")
+    found = _by_flat_name(out)
     if set(found) != set().union(*(deltas for _, deltas in parts)):
         return "accepted, with other modules than an independent reader finds"
     for module, delta in found.items():

@@ -23,6 +23,7 @@ from plait.cli.main import main
 from plait.tuning.working import WorkingState
 from tests.adapters_on_disk import Linear, write_adapter
 from tests.fuzz.formats import build_formats
+from tests.fuzz.media import build_media
 from tests.language_models import LABELS, WORDS, label, save_model, train_adapter, write_task
 
 SHAPES = {
@@ -227,6 +228,18 @@ COMMANDS = (
     Command(  # what a killed training has left
         ("sft", "--config", "sft.yaml"), ("left/checkpoint-2/*", "left/job.json"), ("sft.yaml", "rows.jsonl", "base", "left"), 2
     ),
+    Command(
+        ("tasks", "check", "seen/seen.yaml"),
+        _in("seen", ("[0-3].png", "[0-3].png", "seen.yaml", "rows.jsonl")),
+        ("seen",),
+        3,
+    ),
+    Command(
+        ("tasks", "check", "heard/heard.yaml"),
+        _in("heard", ("[0-3].wav", "[0-3].wav", "heard.yaml", "rows.jsonl")),
+        ("heard",),
+        3,
+    ),
     Command(("tasks", "check", "tables/sort.yaml"), ("tables/sort/test.csv", "tables/sort/train.parquet"), ("tables",), 6),
     Command(
         TUNE,
@@ -271,6 +284,7 @@ def build(folder: Path) -> None:
             data={"path": f"{task}/test.jsonl"},
         )
     build_formats(folder)
+    build_media(folder)
     _documents(folder)
     _results(folder)
 

@@ -262,12 +262,15 @@ def test_everything_goes_along_but_weights_and_cards(base, adapter, tmp_path):
         (base / name).write_text(f'{{"{name}": "of the base"}}')
     for name in ("README.md", "pytorch_model.bin", "plait.lock", "training_args.bin", ".gitattributes"):
         (base / name).write_text("not wanted")
+    (base / "additional_chat_templates").mkdir()
+    (base / "additional_chat_templates" / "tool_use.jinja").write_text("{{ tools }}")
     (adapter / "tokenizer.json").write_text('{"of": "the adapter"}')
     result = plait.bake([adapter], base=base, out=tmp_path / "out")
-    texts = {p.name: p.read_text() for p in result.folder.iterdir() if p.suffix != ".safetensors"}
+    texts = {p.name: p.read_text() for p in result.folder.iterdir() if p.is_file() and p.suffix != ".safetensors"}
     for name in ("generation_config.json", "modeling_x.py", "LICENSE", "chat_template.jinja"):
         assert texts[name] == f'{{"{name}": "of the base"}}'
     assert texts["tokenizer.json"] == '{"of": "the adapter"}'
+    assert (result.folder / "additional_chat_templates" / "tool_use.jinja").read_text() == "{{ tools }}"
     assert "not wanted" not in texts.values()
     assert any("the tokenizer is that of " in note for note in result.plan.notes)
 
@@ -298,11 +301,11 @@ def test_tokenizers_that_differ_leave_the_bases(base, tmp_path):
     ],
 )
 def test_json_that_cannot_be_read_is_not_copied(base, adapter, tmp_path, text, message):
-    for folder, name in ((base, "generation_config.json"), (adapter, "special_tokens_map.json")):
+    for folder, name in ((base, "tokenizer_config.json"), (adapter, "special_tokens_map.json")):
         (folder / name).write_bytes(text)
     with pytest.raises(AdapterError) as caught:
         plait.bake([adapter], base=base, out=tmp_path / "out")
-    for file in (base / "generation_config.json", adapter / "special_tokens_map.json"):
+    for file in (base / "tokenizer_config.json", adapter / "special_tokens_map.json"):
         assert re.search(f"{re.escape(str(file))}.*{message}.*Fetch it again, or delete it", str(caught.value))
     assert not (tmp_path / "out").exists()
 

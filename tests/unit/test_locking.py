@@ -16,6 +16,7 @@ from plait.errors import OutputError
 from plait.notices import PlaitWarning
 from plait.results import locking
 from plait.results.locking import lock_holder, locked
+from plait.results.staging import held
 from tests.adapters_on_disk import layers, write_adapter
 from tests.every import every
 
@@ -86,6 +87,20 @@ def test_a_folder_that_cannot_be_made(file):
     file.parent.write_text("")
     with pytest.raises(OutputError, match="made cannot be written: File exists"), locked(file, "mine"):
         pass
+
+
+def test_a_file_system_without_locks_is_announced(file, monkeypatch):
+    def none(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    file.parent.mkdir()
+    monkeypatch.setattr("fcntl.flock", none)
+    with pytest.warns(PlaitWarning, match=r"file system without locks \(No locks available\)"), held(file.parent):
+        pass
+    with pytest.raises(OutputError, match="No locks available"), locked(file, "mine"):
+        pass
+    with pytest.raises(OutputError, match="No locks available"):
+        lock_holder(file, "mine")
 
 
 def test_without_flock_nobody_is_kept_out(file, monkeypatch):

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from plait.adapters.adapter import Adapter
+from plait.checkpoints.checkpoint import BaseCheckpoint
 from plait.checkpoints.files import find_weights, read_config
 from plait.errors import AdapterError, PlaitError, PlanError
 from plait.hub.pretrained import refuse_failures
@@ -103,6 +104,16 @@ def test_a_file_that_is_missing_is_missing(tmp_path):
     assert is_there(tmp_path / "a", AdapterError)
     assert read_config(tmp_path) == {}
     assert find_weights(tmp_path) is None
+
+
+@pytest.mark.parametrize("text", ["{", "[]", None])
+def test_every_command_refuses_a_base_with_a_damaged_configuration(tmp_path, text):
+    """Whether it carries the file or not."""
+    save_file({"layers.0.q_proj.weight": torch.randn(8, 6)}, tmp_path / "model.safetensors")
+    file = tmp_path / "generation_config.json"
+    file.mkdir() if text is None else file.write_text(text)
+    with pytest.raises(AdapterError, match=r"generation_config\.json.*Fetch it again, or delete it\."):
+        BaseCheckpoint.open(str(tmp_path))
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "generation_config.json", "config.json"])

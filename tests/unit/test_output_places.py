@@ -21,7 +21,7 @@ from plait.reports.figures import write_figures
 from plait.reports.pipeline import page_problem
 from plait.reports.reading import read_report
 from plait.results import staging
-from plait.results.disk import check_not_an_input, full_disk
+from plait.results.disk import check_not_an_input, full_disk, write_failure
 from plait.results.staging import held, output_problem, scratch, staged
 from plait.results.writing import write_text_atomic
 from plait.search.request import check_place
@@ -159,6 +159,45 @@ def test_a_folder_that_stays_is_filled(fixed):
     assert (fixed / "weights").read_text() == "new"
     assert files(fixed) == RESULT
     assert fixed.stat().st_ino == number
+
+
+@pytest.mark.parametrize(("number", "advice"), [(errno.ENOSPC, "Free some space, or choose"), (errno.EROFS, "Choose")])
+def test_a_file_system_that_fails_while_an_output_is_made(tmp_path, monkeypatch, number, advice):
+    def fail(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", fail)
+    why = rf"{os.strerror(number)}( \(.*weights\))?"
+    with pytest.raises(OutputError, match=rf"out cannot be written: {why}\. Nothing was left there\. {advice} another place\."):
+        write(tmp_path / "out", force=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["in/adapter", "out.txt", "in"])
+def test_an_input_that_fails_meanwhile_is_not_the_output(tmp_path, name):
+    """It may be next to the output, and may not be read for reasons of its own."""
+    error = PermissionError(errno.EACCES, "Permission denied", str(tmp_path / name))
+    with pytest.raises(PermissionError), staged(tmp_path / "out", force=False):
+        raise error
+    assert list(tmp_path.iterdir()) == []
+    for own in ("out/x", ".out.staging-1/x", ".out.staging-1.old/x"):
+        error = PermissionError(errno.EACCES, "Permission denied", str(tmp_path / own))
+        assert write_failure(error, tmp_path / "out", tmp_path / ".out.staging-1")
+
+
+def test_what_is_in_a_folder_that_cannot_be_listed_is_not_nothing(tmp_path, monkeypatch):
+    out, scandir = result(tmp_path / "out"), os.scandir
+    (out / "heads" / "b").mkdir()
+
+    def fail(place: object) -> object:
+        if Path(str(place)).name == "b":
+            raise PermissionError(errno.EACCES, "Permission denied", str(place))
+        return scandir(place)
+
+    monkeypatch.setattr(os, "scandir", fail)
+    with pytest.raises(OutputError, match=r"out cannot be written: Permission denied"):
+        write(out, force=True)
+    assert (out / "weights").read_text() == "old"
 
 
 def test_such_a_folder_is_filled_by_one_process_at_a_time(fixed):

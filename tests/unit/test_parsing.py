@@ -6,6 +6,7 @@ import json
 import os
 import struct
 import threading
+import warnings
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from plait.checkpoints.digests import weight_files
 from plait.errors import AdapterError, RecipeError, TaskError
 from plait.merging.card import license_of
-from plait.parsing import parse_json, read_object, read_text
+from plait.notices import PlaitWarning
+from plait.parsing import open_bytes, parse_json, read_object, read_text
 from plait.recipes.documents import read_document
 from plait.tensorfiles.header import read_header
 from plait.tensorfiles.reader import SafetensorsFile
@@ -34,6 +36,14 @@ def entry(dtype: str, shape: list, start: int, end: int) -> dict:
 
 
 A, B = entry("F32", [2], 0, 8), entry("F32", [1, 2], 8, 16)
+
+
+def test_a_file_that_opens_and_cannot_be_read_is_named(tmp_path):
+    """No other file fails so, whoever reads it."""
+    with open_bytes(Path("/proc/self/mem")) as file, pytest.raises(OSError, match="Input/output error: '/proc/self/mem'"):
+        file.read(8)
+    with pytest.raises(AdapterError, match=r"/proc/self/mem: Input/output error\."):
+        read_text(Path("/proc/self/mem"), AdapterError)
 
 
 @pytest.mark.parametrize(
@@ -261,9 +271,12 @@ def test_yaml_that_is_refused(text, message):
 def test_front_matter_of_strangers_ends_nothing(tmp_path, front):
     card = tmp_path / "README.md"
     card.write_bytes(f"---\nlicense: mit\n{front}\n---\n# card\n".encode())
-    assert license_of(tmp_path) in (None, (("license", "mit"),), (("license", "9999-99-99"),))
+    with warnings.catch_warnings(action="ignore", category=PlaitWarning):
+        assert license_of(tmp_path) in (None, (("license", "mit"),), (("license", "9999-99-99"),))
     card.write_bytes(b"---\nlicense: mit\n---\n caf\xe9")
     assert license_of(tmp_path) == (("license", "mit"),)
     card.unlink()
-    card.mkdir()
     assert license_of(tmp_path) is None
+    card.mkdir()
+    with pytest.warns(PlaitWarning, match=r"README\.md is not a regular file; what this card states .* is not known"):
+        assert license_of(tmp_path) is None

@@ -18,6 +18,7 @@ from plait.adapters.lowrank import LowRank
 from plait.deferred import Tensor, torch
 from plait.errors import AdapterError, collect, listed
 from plait.linalg.finite import all_finite
+from plait.results.digests import sha256
 from plait.tensorfiles.reader import FLOATS, TensorFile
 
 ALPHA = "alpha"  # the part of a module whose file brings its own
@@ -174,13 +175,8 @@ class Adapter:
     def sha256(self) -> str:
         """Return the hex digest of the tensor file; of numbered files that of their digests, in order."""
         paths = [p for p in self.files if p.suffix != ".json"] or [self.file.path]
-        digests = []
-        for path in paths:
-            with path.open("rb") as file:
-                digests.append(hashlib.file_digest(file, "sha256"))
-        return (
-            digests[0].hexdigest() if len(digests) == 1 else hashlib.sha256(b"".join(d.digest() for d in digests)).hexdigest()
-        )
+        digests = [sha256(path) for path in paths]
+        return digests[0] if len(digests) == 1 else hashlib.sha256(bytes.fromhex("".join(digests))).hexdigest()
 
 
 def _read_targets(stored: StoredAdapter) -> tuple[dict[str, Target], dict[str, str], list[str]]:

@@ -46,6 +46,7 @@ _OWN = (
     "README.md", ".*", "plait.lock", "merge_metadata.json", "summary.json", "adapter_config.json", "trainer_state.json",
     "training_args.*", "training.json", "*_results.json", "*.log", "events.out.tfevents.*",
 )  # fmt: skip
+_TEMPLATES = "additional_chat_templates"  # a folder next to the tokenizer
 _DTYPE_KEYS = ("dtype", "torch_dtype")
 
 
@@ -100,6 +101,7 @@ def gather_auxiliary_files(
     if not checkpoint.form.has_code:  # one file, whose neighbors are not its own
         return AuxiliaryFiles({}, {}, {}, ())
     files = {p.name: p for p in _copied(checkpoint.folder) if not _matches(p.name, (*_WEIGHTS, *_OWN))}
+    files |= _further_templates(checkpoint.folder)
     own = [a for a in inventory.adapters if not a.is_one_file]
     brought = {a.name: {p.name: p for p in _copied(a.folder) if _matches(p.name, _TOKENIZER)} for a in own}
     _check_contained([*files.values(), *(path for each in brought.values() for path in each.values())])
@@ -160,6 +162,24 @@ def _copied(folder: Path) -> list[Path]:
     """
     found = (p for p in sorted(folder.iterdir()) if p.suffix == ".json" or not p.is_dir())
     return [p for p in found if not file_name_problem(p.name)]
+
+
+def _further_templates(folder: Path) -> dict[str, Path]:
+    """Return the chat templates that transformers reads besides the first, by their names in the model's folder.
+
+    Raises:
+        AdapterError: one is not a file of the folder.
+    """
+    place = folder / _TEMPLATES
+    found = {f"{_TEMPLATES}/{p.name}": p for p in sorted(place.glob("*.jinja")) if not file_name_problem(p.name)}
+    problems = []
+    for name in found:
+        try:
+            file_in(folder, name)
+        except OSError as error:
+            problems.append(f"{folder / name}: {error.strerror or error}. Put the file itself there, or delete it.")
+    collect(AdapterError, problems, "files that must be copied cannot be read")
+    return found
 
 
 def _check_contained(paths: Sequence[Path]) -> None:

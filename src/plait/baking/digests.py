@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import threading
@@ -63,7 +64,7 @@ class GrowingDigest:
     def _hash(self, stop: int) -> None:
         count = os.preadv(self._handle, [self._buffer[: stop - self._position]], self._position)
         if not count:
-            raise OSError("a file that was just written ends early")
+            raise OSError(errno.EIO, "a file that was just written ends early")
         self._sha256.update(self._buffer[:count])
         self._position += count
 

@@ -100,8 +100,16 @@ class BakeJournal:
         self.finished[shard] = (size, sha256)
 
     def publish(self, *, force: bool) -> None:
-        """Rename the model to its final name and remove everything else."""
-        publish(self.model, self._final, force=force)
+        """Rename the model to its final name and remove everything else.
+
+        Raises:
+            OutputError: another process has written there in the meantime; the finished model stays where it is.
+        """
+        try:
+            publish(self.model, self._final, force=force)
+        except OutputError as error:
+            error.add_note(f"The finished model is {self.model}. Move it to another place, and delete {self._folder}.")
+            raise
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _note(self, entry: dict[str, Any]) -> None:

@@ -20,7 +20,7 @@ from plait.baking.record import BakeRecord
 from plait.baking.tensors import ShardTensorBuilder
 from plait.baking.writing import ShardWriter
 from plait.cluster.connection import connected
-from plait.errors import OutputError, PlaitError
+from plait.errors import OutputError
 from plait.merging.engine import Engine
 from plait.merging.heads import write_heads
 from plait.merging.moments import MomentsOf
@@ -31,7 +31,7 @@ from plait.recipes.schema import Heads, Recipe
 from plait.recipes.writing import recipe_json
 from plait.records import ShortRepr
 from plait.results.digests import sha256
-from plait.results.disk import UNWRITABLE, check_not_an_input, check_space
+from plait.results.disk import check_not_an_input, check_space, write_failure
 from plait.results.lock import LOCK, Lock, locked_input, new_lock, output_digests
 from plait.results.progress import Progress, SilentProgress
 from plait.results.records import ModuleRecord, write_json
@@ -222,12 +222,11 @@ def _explained(out: Path, journal: BakeJournal, shards: int) -> Iterator[None]:
             f"{len(journal.finished)} of {shards} files are finished in {journal.folder}; the same command continues from "
             "there. Delete that folder to give them up."
         )
-        if isinstance(error, OSError) and not isinstance(error, PlaitError) and error.errno in UNWRITABLE:
-            found = OutputError(f"{out} cannot be written: {error.strerror}. Free some space or choose another place.")
+        if found := write_failure(error, out, journal.folder):
             if journal.finished:
                 found.add_note(left)
             raise found from error
-        if journal.finished:
+        if journal.finished and not (isinstance(error, OutputError) and hasattr(error, "__notes__")):  # it says what is left
             error.add_note(left)
         elif not isinstance(error, Exception):  # stopped by its user
             error.add_note("No file was finished; the same command starts from the beginning.")

@@ -23,6 +23,7 @@ from plait.merging.inventory import Inventory
 from plait.results.progress import Progress
 from plait.results.threads import one_thread_each
 from plait.tensorfiles.blocks import CopySourceError, copy_range
+from plait.tensorfiles.reader import TensorFile, check_unchanged
 
 _RUN = 1 << 26  # bytes that one thread copies at a time; a long run is shared
 
@@ -185,10 +186,11 @@ class ShardWriter:
 
     def _copy(self, run: _Run, handle: int) -> None:
         try:
-            with run.path.open("rb", buffering=0) as source:
+            with run.file.path.open("rb", buffering=0) as source:
+                check_unchanged(source.fileno(), run.file)
                 copy_range(source.fileno(), run.start, handle, run.position, run.count, self._advance)
         except CopySourceError as error:
-            raise AdapterError(f"{run.path}: {error}. Fetch the base model again.") from None
+            raise AdapterError(f"{run.file.path}: {error}. Fetch the base model again.") from None
 
 
 @dataclass(frozen=True)
@@ -220,7 +222,7 @@ class _Open:
 
 @dataclass(frozen=True)
 class _Run:
-    path: Path
+    file: TensorFile
     start: int
     position: int
     count: int
@@ -232,15 +234,15 @@ def _runs(checkpoint: BaseCheckpoint, shard: OutShard) -> Iterator[_Run]:
     for tensor in shard.tensors:
         if not tensor.copied or tensor.source is None or not tensor.nbytes:
             continue
-        path, start = checkpoint.home[tensor.source].file.path, checkpoint.info(tensor.source).start
+        file, start = checkpoint.home[tensor.source].file, checkpoint.info(tensor.source).start
         last = joined[-1] if joined else None
-        if last and (path, start, tensor.start) == (last.path, last.start + last.count, last.position + last.count):
+        if last and (file, start, tensor.start) == (last.file, last.start + last.count, last.position + last.count):
             joined[-1] = replace(last, count=last.count + tensor.nbytes)
         else:
-            joined.append(_Run(path, start, tensor.start, tensor.nbytes))
+            joined.append(_Run(file, start, tensor.start, tensor.nbytes))
     for run in joined:
         for done in range(0, run.count, _RUN):
-            yield _Run(run.path, run.start + done, run.position + done, min(_RUN, run.count - done))
+            yield _Run(run.file, run.start + done, run.position + done, min(_RUN, run.count - done))
 
 
 def _raise_first(done: Iterable[Future[None]], running: Iterable[Future[None]]) -> None:

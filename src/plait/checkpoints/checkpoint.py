@@ -17,7 +17,9 @@ from plait.checkpoints.quantization import Quantization, quantization, quantizat
 from plait.deferred import Tensor
 from plait.errors import AdapterError, PlanError, collect, listed
 from plait.hub.download import COMPANION_FILES, MODEL_FILES, Located, resolve_model
+from plait.hub.pretrained import damaged_files
 from plait.notices import announce
+from plait.parsing import open_bytes
 from plait.tensorfiles.formats import open_tensors
 from plait.tensorfiles.header import TensorInfo
 from plait.tensorfiles.reader import SafetensorsFile, TensorFile
@@ -59,7 +61,7 @@ class Shard:
         if not isinstance(file, SafetensorsFile):
             stem = path.name.removesuffix(file.suffix).replace(Path(file.model_name).stem, Path(SINGLE).stem, 1)
             return Shard(stem + SafetensorsFile.suffix, path.name, file, b"", {})
-        with path.open("rb") as stream:
+        with open_bytes(path) as stream:
             length = stream.read(8)
             lead = length + stream.read(int.from_bytes(length, "little"))
         if files.prefix:
@@ -131,6 +133,9 @@ class BaseCheckpoint:
                 if path.is_symlink() and not path.exists() and path.name not in form.sets[0].files.names
             ]
         )
+        if form.has_code:  # whether a command carries them or not: one rule for all
+            damaged = damaged_files(folder, tokenizer=False)
+            problems += [f"{folder / problem}. Fetch it again, or delete it." for problem in damaged]
         home = _home(shards)
         if not problems:
             problems += list(_not_there(form, home))[:5]

@@ -57,7 +57,7 @@ class _Stored:
 
     def read(self, start: int = 0, count: int | None = None) -> Tensor:
         """Return bytes of it, uint8."""
-        return read_bytes(self.file.path, self.name, self.info.start + start, self.info.nbytes if count is None else count)
+        return read_bytes(self.file, self.name, self.info.start + start, self.info.nbytes if count is None else count)
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ class PlainFile(SafetensorsFile):
     """
 
     def __init__(self, file: SafetensorsFile, computed: Mapping[str, ComputedTensor], parts: set[str], dtype: str) -> None:
-        self.path = file.path
+        self.path, self.state = file.path, file.state
         self.computed = dict(computed)
         size = BITS[dtype] // 8
         tensors = {n: i for n, i in file.tensors.items() if n not in parts}

@@ -26,7 +26,7 @@ def compress(
 
     Example: plait compress org/adapter --energy 0.99 --layout pattern -o small
     """
-    from plait.cli.console import ProgressBars, print_json
+    from plait.cli.console import ProgressBars, print_json, print_notes
     from plait.cli.merge import show_result
     from plait.commands.compress import CompressOrder
 
@@ -34,6 +34,7 @@ def compress(
     rank = settings.pop("rank", None)
     order = CompressOrder(out, rank, energy, settings, writing.force, writing.workers, adapter=adapter)
     result = order.run(ProgressBars())
+    print_notes(result.record.notes)
     if writing.json:
         print_json({"folder": str(result.folder), **result.record.model_dump(mode="json")})
     else:

@@ -236,8 +236,11 @@ class _PartBar:
 
 
 def folder_size(folder: Path) -> str:
-    """Return the bytes of the files of a folder in words."""
-    return size(sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()))
+    """Return the bytes of the files of a finished folder in words, or that it cannot be read any more: that is not its end."""
+    try:
+        return size(sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()))
+    except OSError as error:
+        return f"its size is not known: {error.strerror or error}"
 
 
 def size(count: float | None) -> str:

@@ -212,11 +212,24 @@ def _run(arguments: list[str], asked: Collection[str]) -> int:
         return 2
     except StreamError:
         raise
-    except Exception as error:  # a bug in plait: print what a report needs
-        traceback.print_exc()
+    except Exception as error:
+        if failure := _failure_of_a_file(error):
+            _show(failure, "error: ", wants_traceback=wants_traceback)
+            return 2
+        traceback.print_exc()  # a bug in plait: print what a report needs
         typer.echo(f"\nThis is a bug in plait {__version__}: {type(error).__name__}. Please report the lines above.", err=True)
         return 1
     return 0
+
+
+def _failure_of_a_file(error: Exception) -> PlaitError | None:
+    """Return what the system says of a file that it cannot read or write any more; None of anything else.
+
+    Files are looked at when a plan is made. A disk that fails later, or a file that is deleted, is met by whoever comes next.
+    """
+    if not isinstance(error, OSError) or error.errno is None or not isinstance(error.filename, (str, bytes, os.PathLike)):
+        return None
+    return PlaitError(f"{os.fsdecode(error.filename)}: {error.strerror or error}.")
 
 
 def _translated(arguments: list[str]) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from plait.commands.request import LowRankOrder, Request
-from plait.errors import RecipeError
+from plait.errors import PlaitError, RecipeError
 from plait.hub.references import parse_reference
 from plait.merging.inventory import open_adapters
 from plait.merging.pipeline import MergeResult, run_recipe
@@ -44,8 +44,11 @@ class CompressOrder(LowRankOrder):
 
 def _announce_if_not_smaller(result: MergeResult, adapter: str) -> None:
     """Announce that a compressed adapter has hardly fewer bytes than it had, and what would have."""
-    opened, written = open_adapters([(None, adapter), ("compressed", str(result.folder))])[1]
-    before, after = opened.file.path.stat().st_size, written.file.path.stat().st_size
+    try:
+        opened, written = open_adapters([(None, adapter), ("compressed", str(result.folder))])[1]
+        before, after = opened.file.path.stat().st_size, written.file.path.stat().st_size
+    except (PlaitError, OSError):  # gone since: the result is complete, and this note is all that is lost
+        return
     if after < _SMALLER * before:
         return
     ranks = {m.target: m.rank or 0 for m in result.record.modules}

@@ -178,7 +178,7 @@ def _stored(folder: Path) -> _StoredBase | None:
                 return None
             for info in tensors.values():
                 counts[info.dtype] += math.prod(info.shape)
-    except (PlaitError, OSError):
+    except (PlaitError, OSError):  # refused when it is loaded
         return None
     return _StoredBase(counts.most_common(1)[0][0], counts.total()) if counts else None
 

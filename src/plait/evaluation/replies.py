@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
@@ -182,18 +183,28 @@ def read_prompts(source: str | Path | Sequence[str | Sequence[Mapping[str, str]]
 
 def _is_file(text: str) -> bool:
     """Whether a prompt is the name of a file: one that is there, or a word with the ending of one."""
-    try:
-        return Path(text).is_file() or (Path(text).suffix.lower() in (*_LINES, ".jsonl") and len(text.split()) == 1)
-    except (OSError, ValueError):  # too long for a name, or with NUL in it
-        return False
+    return _is_there(Path(text)) or (Path(text).suffix.lower() in (*_LINES, ".jsonl") and len(text.split()) == 1)
 
 
 def _is_result(text: str) -> bool:
     """Whether a prompt is the folder of an adapter or a model, which was meant for another place."""
+    return any(_is_there(Path(text) / name) for name in (ADAPTER_CONFIG, "config.json"))
+
+
+def _is_there(place: Path) -> bool:
+    """Whether there is a file; a text that no file can be called by is the name of none.
+
+    Raises:
+        TaskError: the system cannot say.
+    """
     try:
-        return any((Path(text) / name).is_file() for name in (ADAPTER_CONFIG, "config.json"))
-    except (OSError, ValueError):
+        return place.is_file()
+    except ValueError:  # NUL in it
         return False
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            return False
+        raise TaskError(f"{place}: {error.strerror or error}.") from None
 
 
 def _of_file(file: Path) -> Iterator[Prompted]:

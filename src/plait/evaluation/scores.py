@@ -70,8 +70,10 @@ class ScoreCache:
             return None
         try:
             found = Answers.model_validate_json(read_text(file, TaskError))
-        except (OSError, ValueError) as error:  # not UTF-8, not JSON, or not answers
-            reason = type(error).__name__
+        except TaskError as error:
+            reason = str(error).removeprefix(f"{file}: ").rstrip(".")
+        except ValueError:
+            reason = "they are none"
         else:
             if len(found.answers) == count and found.sha256 in (None, found.content):
                 return found

@@ -245,7 +245,7 @@ def _local_place(reference: Reference, base: Path | None, suffixes: tuple[str, .
         if place.suffix in suffixes and place.is_file():
             return Located(folder=place.parent, file=place.name)
     except OSError as error:
-        raise AddressError(f"{reference.path!r} cannot be read: {error}.") from error
+        raise AddressError(f"{reference.path!r} cannot be read: {error.strerror or error}.") from error
     return Located(folder=_local_folder(reference, base))
 
 
@@ -257,7 +257,7 @@ def _local_folder(reference: Reference, base: Path | None) -> Path:
             return folder
         exists = folder.exists()
     except OSError as error:
-        raise AddressError(f"{path!r} cannot be read: {error}.") from error
+        raise AddressError(f"{path!r} cannot be read: {error.strerror or error}.") from error
     if exists:
         raise AddressError(f"{path!r} is a file. Give the folder that holds it: {str(Path(path).parent)!r}.")
     parent = folder.parent

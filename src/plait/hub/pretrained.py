@@ -6,6 +6,7 @@ class of error then; each becomes one that names the folder, the file where one 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -226,10 +227,15 @@ def _damage(folder: Path, raised: BaseException) -> str | None:
     return None
 
 
-def damaged_files(folder: Path) -> list[str]:
-    """Return what is wrong with the JSON files of a folder that transformers reads, as `json_problem` reports it."""
-    there = (folder / name for name in dict.fromkeys((*_MODEL, *_TOKENIZER)))
-    return [problem for file in there if file.is_file() and (problem := json_problem(file))]
+def damaged_files(folder: Path, *, tokenizer: bool = True) -> list[str]:
+    """Return what is wrong with the JSON files of a folder that transformers reads, as `json_problem` reports it.
+
+    Args:
+        folder: of a model.
+        tokenizer: look at its tokenizer's files too.
+    """
+    there = (folder / name for name in dict.fromkeys((*_MODEL, *(_TOKENIZER if tokenizer else ()))))
+    return [problem for file in there if os.path.lexists(file) and (problem := json_problem(file))]
 
 
 def json_problem(file: Path) -> str | None:
@@ -244,8 +250,10 @@ def json_problem(file: Path) -> str | None:
                 return f"{file.name} begins with a byte order mark; save it as UTF-8 without one"
         text = read_text(file, PlanError, most=_LARGEST)
         found = parse_json(text, file.name, PlanError, constants=True, nul=True)  # a token may be U+0000
-    except (PlaitError, OSError) as error:
+    except PlaitError as error:
         return str(error).removeprefix(f"{file.parent}/").rstrip(".")
+    except OSError as error:
+        return f"{file.name}: {error.strerror or error}"
     if file.name in (*_TOKENIZER, *_MODEL) and not isinstance(found, dict):
         return f"{file.name}: expected a JSON object, found {kind_of(found)}"
     return None

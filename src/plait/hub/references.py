@@ -10,6 +10,7 @@ repository.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import re
@@ -218,8 +219,8 @@ def _problems(repo: str | None, revision: str | None, subfolder: str | None) -> 
 def _exists(address: str, base: Path | None) -> bool:
     try:
         return ((base or Path()) / address).exists()
-    except OSError:  # a name longer than the file system allows, or a folder that may not be read
-        return False
+    except OSError as error:  # what cannot be looked at is refused as a folder, and not asked for on the Hub
+        return error.errno != errno.ENAMETOOLONG
 
 
 def _neither(text: str, address: str, base: Path | None) -> str:

@@ -15,6 +15,7 @@ from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 from plait.extras import optional
+from plait.notices import announce
 
 #: PEFT's task type → the Auto class that loads a model for it.
 AUTO_MODELS = {
@@ -48,6 +49,7 @@ CONV1D_LAYERS = frozenset({"c_attn", "c_proj", "c_fc", "q_attn"})
 CONV1D_MODELS = frozenset({"gpt2", "openai-gpt", "decision_transformer", "imagegpt", "clvp", "clvp_decoder"})
 #: The order in which modules of fused experts declare their parameters.
 EXPERT_PARAMETERS = ("gate_up_proj", "gate_proj", "w1", "up_proj", "w3", "down_proj", "w2")
+_CONVERTS_FROM = 5  # the version since which parameters are not called as in a checkpoint
 _KNOWN_ARGUMENTS = ("cache", "past_key_values")
 _MASKED_ATTENTION = frozenset({"sdpa", "eager"})  # implementations that add a mask (B, 1, L, L) to what they compute
 _CONTINUED_LAYERS = frozenset({"full_attention", "sliding_attention"})
@@ -353,7 +355,12 @@ def checkpoint_conversion(model: Any) -> Conversion | None:
     try:
         mapping = import_module("transformers.conversion_mapping").get_model_conversion_mapping(model)
         loading = import_module("transformers.core_model_loading")
-    except ImportError:
+    except ImportError as error:
+        if int(import_module("transformers").__version__.split(".")[0]) >= _CONVERTS_FROM:
+            announce(
+                f"this transformers does not say how it renames and fuses the tensors of a checkpoint ({error}): they are "
+                "taken to have the names of the model's parameters."
+            )
         return None
     renamings = [m for m in mapping if isinstance(m, loading.WeightRenaming)]
     converters = [m for m in mapping if isinstance(m, loading.WeightConverter)]

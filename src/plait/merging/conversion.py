@@ -13,6 +13,7 @@ from plait.adapters.formats import FORMATS, AdapterFormat, ModuleFactors, Outgoi
 from plait.deferred import torch
 from plait.errors import PlanError, RecipeError, collect, did_you_mean
 from plait.hub.download import Located
+from plait.inspection.doubts import adapter_doubts
 from plait.merging.inventory import modules_of, open_adapters
 from plait.merging.output_format import base_config, settings_of
 from plait.records import Record, ShortRepr
@@ -158,7 +159,7 @@ def _planned(
         ranks=tuple(sorted({t.rank for t in outgoing.targets.values()})),
         metadata=tuple(outgoing.metadata),
         output_bytes=sum(_bytes(t) for t in outgoing.targets.values()),
-        notes=(*adapter.origin.notes, *wanted.notes(outgoing)),
+        notes=(*adapter.origin.notes, *adapter_doubts([adapter]), *wanted.notes(outgoing)),
     )
     return _Conversion(adapter, located, wanted, outgoing, paths, plan)
 

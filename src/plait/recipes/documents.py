@@ -15,6 +15,7 @@ import yaml
 
 from plait.errors import PlaitError, RecipeError, did_you_mean, join_words
 from plait.folders import open_in
+from plait.notices import announce
 from plait.parsing import MOST_BITS, MOST_LEVELS, parse_json, read_text, text_problem
 from plait.recipes.paths import KeyPath, Plain
 from plait.recipes.problems import Problem
@@ -125,14 +126,20 @@ def read_document(text: str, source: str, *, loader: type[yaml.SafeLoader] = _Lo
 
 
 def read_front_matter(card: Path) -> Mapping[str, Plain]:
-    """Return the front matter of a model card; empty where there is none that can be read: no number depends on it."""
+    """Return the front matter of a model card; empty where there is none, and, announced, where it cannot be read."""
     try:
         with open_in(card.parent, card.name) as file:
             found = _FRONT_MATTER.match(file.read(_LONGEST_CARD).decode("utf-8", "replace"))
-        data = read_document(found[1], str(card)).data if found else None
-    except (OSError, RecipeError):
+        data = read_document(found[1], str(card)).data if found else {}
+        problem = None if isinstance(data, Mapping | None) else f"{card}: its front matter is not a mapping"
+    except FileNotFoundError:
         return {}
-    return data if isinstance(data, Mapping) else {}
+    except (OSError, RecipeError) as error:
+        problem = str(error) if isinstance(error, RecipeError) else f"{card}: {error.strerror or error}"
+    if problem is not None:
+        announce(f"{problem.rstrip('.')}; what this card states (license, base model) is not known.")
+        return {}
+    return data or {}
 
 
 def _compose(text: str, kind: type[yaml.SafeLoader]) -> YamlDocument:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from plait.errors import OutputError
 from plait.extras import require
+from plait.parsing import open_bytes
 from plait.records import ShortRepr
 from plait.reports.figures import figures_problem, write_figures
 from plait.reports.page import render
@@ -93,7 +94,7 @@ def page_problem(page: Path, *, force: bool) -> str | None:
         return None
     if not force:
         return f"{page} exists already. Choose another file, or replace it with --force."
-    with page.open("rb") as file:
+    with open_bytes(page) as file:
         is_page = _GENERATOR in file.read(_HEAD_BYTES)
     return None if is_page else f"{page} was not written by plait report; --force replaces only what was. Choose another file."
 

@@ -237,7 +237,7 @@ def _adapters(
         adapters = [_open_known(entry.name, entry.path, sources.get(entry.name)) for entry in recipe.adapters]
         problems = check_compatibility(adapters, base_model=recipe.base_model).problems
         collect(PlanError, problems, "these adapters do not fit together")
-    except PlaitError as error:
+    except (PlaitError, OSError) as error:  # a page without the picture is what was asked for, but for this
         head, *listed = str(error).splitlines()
         why = listed[0].strip(" -") if listed else head
         return None, None, [f"the conflict between the adapters is not shown: {why}"]

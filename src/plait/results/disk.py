@@ -10,11 +10,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from plait.errors import DISK_FULL, OutputError
+from plait.errors import DISK_FULL, OutputError, PlaitError
 
 #: What libraries written in Rust say of the system's error, and what torch says whose archive could not be written to its end.
 _NUMBER, _CUT_OFF = re.compile(r"\(os error (\d+)\)"), re.compile(r"inline_container\.cc|PytorchStreamWriter failed")
-UNWRITABLE = (*DISK_FULL, errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 @contextmanager
@@ -31,12 +30,32 @@ def writing(out: Path, place: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        about = Path(error.filename) if isinstance(error.filename, (str, os.PathLike)) else place
-        if isinstance(error, OutputError) or (error.errno not in UNWRITABLE and not about.is_relative_to(place)):
-            raise
-        raise OutputError(
-            f"{out} cannot be written: {error.strerror or error}. Free some space or choose another place."
-        ) from error
+        if failure := write_failure(error, out, place):
+            raise failure from error
+        raise
+
+
+def write_failure(error: BaseException, out: Path, place: Path, *, left: str = "") -> OutputError | None:
+    """Return the refusal of an output whose writing the system failed at; None where the error is about something else.
+
+    Args:
+        error: raised while the output was written, and inputs were read: those that fail are named by their error.
+        out: the output.
+        place: the folder that it is made in, before it has its name.
+        left: a sentence on what is left there.
+    """
+    if not isinstance(error, OSError) or isinstance(error, PlaitError) or error.errno is None:
+        return None
+    why = error.strerror or str(error)
+    if error.errno not in DISK_FULL and isinstance(error.filename, (str, os.PathLike)):
+        about = Path(os.path.abspath(error.filename))  # noqa: PTH100 (resolve() would follow links)
+        own = (place, place.with_name(f"{place.name}.old"), out)
+        if not any(about.is_relative_to(os.path.abspath(p)) for p in own):  # noqa: PTH100
+            return None
+        why = f"{why} ({about})"
+    advice = {number: "Free some space, or choose another place." for number in DISK_FULL}
+    advice |= dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "Choose another place.")
+    return OutputError(" ".join(filter(None, (f"{out} cannot be written: {why}.", left, advice.get(error.errno)))))
 
 
 def full_disk(error: BaseException) -> str | None:

@@ -67,7 +67,10 @@ def lock_holder(file: Path, work: str) -> str | None:
     except OSError as error:
         raise OutputError(f"{file}: {error.strerror or error}.") from None
     with handle:
-        return None if _lock(handle) else _holder(file, handle, work)
+        try:
+            return None if _lock(handle) else _holder(file, handle, work)
+        except OSError as error:
+            raise OutputError(f"{file}: {error.strerror or error}.") from None
 
 
 def _taken(file: Path, work: str, patience: float) -> IO[str]:
@@ -79,7 +82,12 @@ def _taken(file: Path, work: str, patience: float) -> IO[str]:
             handle = file.open("a+", encoding="utf-8")
         except FileNotFoundError:
             continue
-        if not _lock(handle):
+        try:
+            is_held = _lock(handle)
+        except OSError:
+            handle.close()
+            raise
+        if not is_held:
             with handle:
                 problem = _holder(file, handle, work)
             if time.monotonic() >= end:

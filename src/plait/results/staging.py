@@ -23,7 +23,8 @@ from pathlib import Path
 
 from plait.errors import AdapterError, OutputError, PlaitError, collect, listed
 from plait.folders import entries, file_in, file_name_problem
-from plait.results.disk import UNWRITABLE
+from plait.notices import announce
+from plait.results.disk import write_failure
 from plait.results.lock import LOCK, read_lock
 from plait.results.locking import has_locks
 
@@ -155,13 +156,9 @@ def staged(folder: Path, *, force: bool) -> Iterator[Path]:
             yield place
             publish(place, folder, force=force)
     except OSError as error:
-        about = Path(error.filename) if isinstance(error.filename, (str, os.PathLike)) else place
-        if isinstance(error, OutputError) or (error.errno not in UNWRITABLE and not about.is_relative_to(above)):
-            raise
-        raise OutputError(
-            f"{folder} cannot be written: {error.strerror or error}. Nothing was left there; free some space or choose another "
-            "place."
-        ) from error
+        if failure := write_failure(error, folder, place, left="Nothing was left there."):
+            raise failure from error
+        raise
     except BaseException as error:
         if not isinstance(error, Exception):  # stopped by its user
             state = "is as it was before" if folder.exists() else "was not written"
@@ -329,6 +326,11 @@ def _locked(place: Path) -> int | None:
         os.close(handle)
         if isinstance(error, BlockingIOError):
             raise
+        announce(
+            f"{place.parent} is on a file system without locks ({error.strerror or error}): let no two processes of plait "
+            "write there at the same time.",
+            once="a file system without locks",
+        )
         return None
     return handle
 
@@ -458,5 +460,8 @@ def _flush(folder: Path, *, deep: bool = True) -> None:
         handle = os.open(path, os.O_RDONLY)
         try:
             os.fsync(handle)
+        except OSError as error:
+            error.filename = str(path)  # the system does not say which
+            raise
         finally:
             os.close(handle)

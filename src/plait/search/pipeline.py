@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from contextlib import ExitStack
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from plait.cluster.connection import connected
@@ -44,7 +46,7 @@ def run_sweep(
         elsewhere = sweep.evaluator.elsewhere
         if cluster is not None and elsewhere is not None:
             cluster.check(inputs=elsewhere.read)
-        stack.enter_context(locked(out / LOCK, "a search"))
+        stack.enter_context(_study_folder(out))
         if force:
             for name in OWN_FILES:
                 (out / name).unlink(missing_ok=True)
@@ -73,3 +75,14 @@ def run_sweep(
         trials = Trials(sweep, study)
         reason = trials.run()
         return conclude(sweep, study, trials.start, reason)
+
+
+@contextmanager
+def _study_folder(out: Path) -> Iterator[None]:
+    """Hold the folder of a study, made when missing; where nothing of a study comes to be in it, it goes again."""
+    with locked(out / LOCK, "a search"):
+        try:
+            yield
+        finally:
+            if [path.name for path in out.iterdir()] == [LOCK]:
+                shutil.rmtree(out, ignore_errors=True)

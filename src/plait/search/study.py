@@ -78,7 +78,8 @@ class Study:
         self._alone = url is None
         self._begun: set[int] = set()  # trials of this process
         self._where = f"{folder / STORAGE}" if self._alone else "--storage (storage=)"
-        if self._alone and is_there(folder / STORAGE, OutputError):
+        is_new = self._alone and not is_there(folder / STORAGE, OutputError)
+        if self._alone and not is_new:
             check_tables(folder / STORAGE)
         address = url or sqlite_url(str((folder / STORAGE).absolute()))
         with quiet_optuna():
@@ -99,6 +100,8 @@ class Study:
             except OutputError:
                 raise
             except Exception as error:  # SQLAlchemy and its drivers raise any class
+                if is_new:
+                    (folder / STORAGE).unlink(missing_ok=True)  # as far as it was made before the disk was full, say
                 raise OutputError(f"{self._where}: Optuna cannot open this storage: {first_line(error)}.") from None
 
     def _check(self, goals: int) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 from plait.deferred import Tensor, torch
 from plait.errors import AdapterError
 from plait.parsing import open_bytes, shown
-from plait.tensorfiles.header import BITS, TensorInfo
+from plait.tensorfiles.header import BITS, TensorInfo, state_of
 from plait.tensorfiles.reader import DTYPES, TensorFile, torch_dtype
 from plait.tensorfiles.writer import TensorEntry
 
@@ -46,14 +46,14 @@ class GgufFile(TensorFile):
         self.path = path
         try:
             with open_bytes(path) as file:
-                size = os.fstat(file.fileno()).st_size
-                data = file.read(min(size, _LONGEST_HEADER))
+                self.state = state_of(file.fileno())
+                data = file.read(min(self.state.size, _LONGEST_HEADER))
         except OSError as error:
             raise AdapterError(f"{path}: it cannot be read ({error.strerror or error}).") from None
         if data[:4] != _MAGIC:
             raise AdapterError(f"{path}: not a GGUF file. Fetch it again.")
         try:
-            self.fields, self.tensors = _header(data, size)
+            self.fields, self.tensors = _header(data, self.state.size)
         except (struct.error, ValueError, KeyError, UnicodeDecodeError, OverflowError) as error:
             raise AdapterError(f"{path}: its header is damaged or cut off ({error}). Fetch it again.") from None
 

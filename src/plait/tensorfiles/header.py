@@ -41,15 +41,29 @@ class TensorInfo(NamedTuple):
     start: int = 0  # of its bytes in the file
 
 
+class FileState(NamedTuple):
+    """What a file is recognized by when it is opened again."""
+
+    size: int
+    changed: int  # in nanoseconds
+
+
 class Header(NamedTuple):
     """A header that was checked against the format and the file's size."""
 
     tensors: Mapping[str, TensorInfo]
     metadata: Mapping[str, str]
+    state: FileState
 
 
 class _Invalid(ValueError):
     """What is wrong, as the end of a sentence."""
+
+
+def state_of(handle: int) -> FileState:
+    """Return the state of an open file."""
+    found = os.fstat(handle)
+    return FileState(found.st_size, found.st_mtime_ns)
 
 
 def read_header(path: Path) -> Header:
@@ -60,7 +74,8 @@ def read_header(path: Path) -> Header:
     """
     try:
         with open_bytes(path) as file:
-            size = os.fstat(file.fileno()).st_size
+            state = state_of(file.fileno())
+            size = state.size
             lead = file.read(8)
             length = struct.unpack("<Q", lead)[0] if len(lead) == 8 else 0
             if problem := pointer_problem(lead + file.read(64) if lead == b"version " else b""):
@@ -86,7 +101,7 @@ def read_header(path: Path) -> Header:
     problem = _places(tensors, 8 + length, size)
     if problem:
         raise AdapterError(f"{path}: the safetensors header is not valid: {problem}. {_FETCH_AGAIN}")
-    return Header(tensors, metadata)
+    return Header(tensors, metadata, state)
 
 
 def _parsed(raw: bytes) -> dict[str, Any]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import io
 import math
 import mmap
-import os
 import re
 import struct
 import zipfile
@@ -21,7 +20,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from plait.errors import AdapterError, collect
 from plait.parsing import kind_of, open_bytes, pointer_problem, shown
-from plait.tensorfiles.header import BITS, TensorInfo, is_countable
+from plait.tensorfiles.header import BITS, TensorInfo, is_countable, state_of
 from plait.tensorfiles.opcodes import FunctionCall, GlobalName, PersistentReference, Pickle, PickleError, read_pickle
 from plait.tensorfiles.reader import TensorFile
 
@@ -81,17 +80,17 @@ class PickleFile(TensorFile):
         self.path = path
         try:
             with open_bytes(path) as file:
-                size = os.fstat(file.fileno()).st_size
+                self.state = state_of(file.fileno())
                 pointer = pointer_problem(file.read(64))
                 file.seek(0)
-                found = _ZipFile(file, size) if file.read(2) == b"PK" else _LegacyFile(file)
+                found = _ZipFile(file, self.state.size) if file.read(2) == b"PK" else _LegacyFile(file)
         except PickleError as error:
             if pointer is not None:
                 raise AdapterError(f"{path}: {pointer}") from None
             raise AdapterError(f"{path}: not a file of tensors that plait can read: {error}. {_ADVICE}") from None
         except (OSError, ValueError) as error:
             raise AdapterError(f"{path}: it cannot be read ({getattr(error, 'strerror', None) or error}).") from None
-        self._views = _views(path, found.pickle, found.places, size)
+        self._views = _views(path, found.pickle, found.places, self.state.size)
         self.tensors: Mapping[str, TensorInfo] = {name: view.info for name, view in self._views.items()}
 
     def is_in_order(self, name: str) -> bool:

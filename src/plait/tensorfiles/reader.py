@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from plait.deferred import Tensor, torch
 from plait.errors import AdapterError
-from plait.tensorfiles.header import BITS, TensorInfo, read_header
+from plait.tensorfiles.header import BITS, FileState, TensorInfo, read_header, state_of
 
 DTYPES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
@@ -33,6 +33,7 @@ class TensorFile:
     Attributes:
         path: of the file.
         tensors: name → shape, dtype and place.
+        state: of the file when its header was read; values are read of no other.
 
     Raises:
         AdapterError: there is no such file, or it is not of the format.
@@ -45,6 +46,7 @@ class TensorFile:
 
     path: Path
     tensors: Mapping[str, TensorInfo]
+    state: FileState
 
     def __init__(self, path: Path) -> None:
         raise NotImplementedError
@@ -60,7 +62,7 @@ class TensorFile:
         every tensor, and mapping it keeps pages of the file resident.
 
         Raises:
-            AdapterError: the file ends early or cannot be read, or a dtype that plait does not read.
+            AdapterError: the file has changed or cannot be read, or a dtype that plait does not read.
         """
         info = self.tensors[name]
         return self._values(name, info.start, info.nbytes).reshape(info.shape)
@@ -85,31 +87,32 @@ class TensorFile:
         info = self.tensors[name]
         if info.dtype not in DTYPES:
             raise AdapterError(f"{self.path}: {name!r} is stored as {info.dtype}; plait reads {', '.join(DTYPES)}.")
-        return read_bytes(self.path, name, position, nbytes).view(torch_dtype(info.dtype))
+        return read_bytes(self, name, position, nbytes).view(torch_dtype(info.dtype))
 
 
-def read_bytes(path: Path, name: str, position: int, count: int) -> Tensor:
+def read_bytes(opened: TensorFile, name: str, position: int, count: int) -> Tensor:
     """Return bytes of a file, uint8 (count,).
 
     Args:
-        path: of the file.
+        opened: the file.
         name: of the tensor there, for messages.
         position: of the first byte.
         count: of bytes.
 
     Raises:
-        AdapterError: the file ends early or cannot be read.
+        AdapterError: the file has changed since its header was read, or cannot be read.
     """
     data = torch.empty(count, dtype=torch.uint8)
-    _fill(data.numpy().data, path, name, position)
+    _fill(data.numpy().data, opened, name, position)
     return data
 
 
-def _fill(data: bytearray | memoryview, path: Path, name: str, position: int) -> None:
+def _fill(data: bytearray | memoryview, opened: TensorFile, name: str, position: int) -> None:
     """Read bytes of a file from a position on; errors as `read_bytes`."""
-    view = memoryview(data)
+    view, path = memoryview(data), opened.path
     try:
         with path.open("rb", buffering=0) as file:  # straight into place, through no buffer
+            check_unchanged(file.fileno(), opened)
             file.seek(position)
             while view:
                 done = file.readinto(view)
@@ -118,6 +121,16 @@ def _fill(data: bytearray | memoryview, path: Path, name: str, position: int) ->
                 view = view[done:]
     except OSError as error:
         raise AdapterError(f"{path}: {name!r} cannot be read ({error.strerror or error}). Fetch the file again.") from None
+
+
+def check_unchanged(handle: int, opened: TensorFile) -> None:
+    """Make sure that a file, opened again, is the one whose header was read.
+
+    Raises:
+        AdapterError: it has been changed, or another file is in its place.
+    """
+    if state_of(handle) != opened.state:
+        raise AdapterError(f"{opened.path}: the file was changed while it was read. Run the command again.")
 
 
 class SafetensorsFile(TensorFile):
@@ -140,6 +153,7 @@ class SafetensorsFile(TensorFile):
         header = read_header(path)
         self.tensors = header.tensors
         self.metadata = header.metadata
+        self.state = header.state
 
     def is_zero(self, name: str) -> bool:
         """Return whether every value of a tensor of floats is 0, which needs no torch; errors as `read`."""
@@ -148,7 +162,7 @@ class SafetensorsFile(TensorFile):
         info = self.tensors[name]
         size = BITS[info.dtype] // 8
         data = bytearray(info.nbytes)
-        _fill(data, self.path, name, info.start)
+        _fill(data, self, name, info.start)
         ends = data[size - 1 :: size]  # where the sign is
         del data[size - 1 :: size]
         return not data.strip(b"\x00") and not ends.strip(b"\x00\x80")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from plait.errors import OutputError
 from plait.folders import open_in
+from plait.parsing import open_bytes
 from plait.recipes.documents import read_document
 from plait.recipes.writing import to_yaml
 from plait.results.digests import sha256
@@ -107,7 +108,7 @@ def _public_start(path: Path) -> bytes | None:
     changed = public_metadata(texts)
     if changed == texts:
         return None
-    with path.open("rb") as file:
+    with open_bytes(path) as file:
         header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
     text = json.dumps({**header, "__metadata__": changed}, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
@@ -117,7 +118,7 @@ def _public_start(path: Path) -> bytes | None:
 def _write_tensors(path: Path, start: bytes, target: Path) -> str:
     """Write a tensor file with another beginning; return its sha256."""
     digest = hashlib.sha256(start)
-    with path.open("rb") as source, target.open("wb") as written:
+    with open_bytes(path) as source, target.open("wb") as written:
         written.write(start)
         source.seek(8 + int.from_bytes(source.read(8), "little"))
         while part := source.read(_PART):

@@ -68,7 +68,7 @@ class GgufAdapter(AdapterFormat):
         """Open an adapter; see `AdapterFormat.read`."""
         path = _file(place)
         if path is None:
-            raise AssertionError(f"{place} has no file of this format")
+            raise AdapterError(f"{place}: its GGUF file is gone. Was it changed while it was read?")
         file = GgufFile(path)
         architecture = file.fields.get("general.architecture")
         if file.fields.get("general.type") != "adapter" or file.fields.get("adapter.type") != "lora":

@@ -43,11 +43,11 @@ def opened(
         advice: what to do about names that are not.
 
     Raises:
-        AdapterError: it is damaged.
+        AdapterError: it is damaged, or gone.
     """
     path = tensor_file(place)
     if path is None:
-        raise AssertionError(f"{place} has no file of tensors")
+        raise AdapterError(f"{place}: its file of tensors is gone. Was it changed while it was read?")
     file = SafetensorsFile(path)
     return file, *grouped(file, split, advice)
 
