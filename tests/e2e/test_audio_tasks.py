@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
+from sklearn.metrics import confusion_matrix
 from transformers import (
     HubertConfig,
     HubertForSequenceClassification,
@@ -152,6 +153,11 @@ def test_every_side_is_what_peft_makes_of_it(world: World, tmp_path: Path, kind:
             rows[side] = scores(world, kind, file, model)
             (answers,) = (k["answers"] for k in kept if k["contender"] == side and k["task"] == task.task)
             np.testing.assert_allclose([a["scores"] for a in answers], rows[side], atol=1e-4, rtol=1e-4)
+        assert task.confusion is not None
+        for side, counts in ((task.task, task.confusion.single), ("merged", task.confusion.merged)):
+            given = [LABELS[int(np.argmax(row))] for row in rows[side]]
+            right = [example.target for example in read_examples(load_task(file), "test").items]
+            np.testing.assert_array_equal(counts, confusion_matrix(right, given, labels=LABELS))
         assert not np.allclose(rows["base"], rows["merged"], atol=1e-2)
         assert not np.allclose(rows[task.task], rows["merged"], atol=1e-2)
 

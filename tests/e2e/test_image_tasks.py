@@ -174,7 +174,10 @@ def test_every_side_is_what_peft_makes_of_it(world: World, tmp_path: Path, kind:
         assert (image.format, image.size) == ("JPEG", (9, 12))
     if kind == "vit":
         plait.report(next((tmp_path / "live").rglob("eval_results_*.json")).parent, out=tmp_path / "page.html")
-        assert shown in (tmp_path / "page.html").read_text()
+        page = (tmp_path / "page.html").read_text()
+        assert shown in page
+        assert "Which label was given" in page
+        assert f"{found.tasks[0].task}, the merge" in page
 
 
 @pytest.mark.parametrize("kind", ["vit", "dinov2", "clip"])

@@ -43,6 +43,20 @@ class Sample(Record):
     judged: bool = True
 
 
+class Confusion(Record):
+    """How often each label was given where another was right.
+
+    Attributes:
+        labels: in the task's order.
+        single: by the task's own adapter: a row per right label, a column per given one; None where there is none.
+        merged: by what is evaluated.
+    """
+
+    labels: tuple[str, ...]
+    single: tuple[tuple[int, ...], ...] | None
+    merged: tuple[tuple[int, ...], ...]
+
+
 class TaskResult(Record):
     """One task.
 
@@ -69,6 +83,7 @@ class TaskResult(Record):
         undefined: why there is no recovery.
         below_base: whether it is worse than the base.
         samples: a few examples, those first on which the answers differ.
+        confusion: of an image's or a sound's label; None for other tasks, and for more labels than a page has room for.
     """
 
     task: str
@@ -92,6 +107,7 @@ class TaskResult(Record):
     undefined: str | None
     below_base: bool
     samples: tuple[Sample, ...]
+    confusion: Confusion | None = None
 
 
 class InterferenceMatrix(Record):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Generator, Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from plait.adapters.adapter import Adapter
 from plait.evaluation.candidates import Candidate, base_candidate, single_candidate
 from plait.evaluation.loaded_base import LoadedBase
 from plait.evaluation.model_calls import BrokenOutputsError, StepListener
-from plait.evaluation.record import Bounds, InterferenceMatrix, Sample, TaskResult
+from plait.evaluation.record import Bounds, Confusion, InterferenceMatrix, Sample, TaskResult
 from plait.evaluation.recovery import BootstrapDraws, PairedStatistics, central_interval, mean_and_worst, recovery, task_seed
 from plait.evaluation.scores import Answers, ScoreCache, adapter_digest, answers_digest, digest
 from plait.evaluation.scoring import answer_examples
@@ -30,6 +31,7 @@ from plait.tasks.schema import Task
 from plait.tasks.sounds import sound_words
 
 _SAMPLES = 5
+_MOST_LABELS = 20  # of a table with a row and a column for each
 T = TypeVar("T")
 
 
@@ -218,6 +220,7 @@ class AnswerSession:
                 merged,
                 judged=not isinstance(task.ask, (NumberHead, Similarity, Transcribed)),
             ),
+            confusion=_confusion(task, alone, merged),
         )
 
     def answers(self, candidate: Candidate, entry: TaskExamples) -> tuple[Answer, ...]:
@@ -360,6 +363,18 @@ def _totals(results: Sequence[TaskResult], drawn: Mapping[str, BootstrapDraws]) 
     lowest = min(known, key=known.__getitem__)
     average = sum(known.values()) / len(known)
     return Totals(average, central_interval(mean, average), known[lowest], central_interval(worst, known[lowest]), lowest)
+
+
+def _confusion(task: Task, alone: Sequence[Answer] | None, merged: Sequence[Answer]) -> Confusion | None:
+    labels = task.closed_labels
+    if labels is None or len(labels) > _MOST_LABELS or getattr(task, "file_column", None) is None:
+        return None
+
+    def counted(answers: Sequence[Answer]) -> tuple[tuple[int, ...], ...]:
+        found = Counter((a.target, a.given) for a in answers)
+        return tuple(tuple(found[right, given] for given in labels) for right in labels)
+
+    return Confusion(labels=labels, single=None if alone is None else counted(alone), merged=counted(merged))
 
 
 def _samples(

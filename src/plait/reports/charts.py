@@ -179,6 +179,30 @@ def interference_map(found: Evaluation) -> HeatMap | None:
     )
 
 
+def confusion_maps(found: Evaluation) -> tuple[HeatMap, ...]:
+    """Return, task by task with labels of images or sounds, which label its own adapter and what is evaluated gave."""
+    maps = []
+    for task in found.tasks:
+        sides = {} if task.confusion is None else {"its own adapter": task.confusion.single, "the merge": task.confusion.merged}
+        for who, counts in sides.items():
+            if task.confusion is not None and counts is not None:
+                maps.append(_confusion_map(f"{task.task}, {who}", task.confusion.labels, counts))
+    return tuple(maps)
+
+
+def _confusion_map(title: str, labels: tuple[str, ...], counts: Sequence[Sequence[int]]) -> HeatMap:
+    rows = [
+        (name, tuple(_cell(str(n), diverging((1 if i == j else -1) * n / max(sum(row), 1))) for j, n in enumerate(row)))
+        for i, (name, row) in enumerate(zip(labels, counts, strict=True))
+    ]
+    return HeatMap(
+        title=title,
+        about="A row per right label, a column per given one; colors are shares of the row. Blue: right; orange: wrong.",
+        columns=labels,
+        rows=tuple(rows),
+    )
+
+
 def layer_maps(conflict: AdapterComparison) -> tuple[HeatMap, ...]:
     """Return, pair by pair and layer by layer, the conflict between the adapters."""
     pairs = list(combinations(range(len(conflict.names)), 2))

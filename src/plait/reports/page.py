@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from plait.recipes.writing import to_yaml
 from plait.reports.charts import (
+    confusion_maps,
     energy_map,
     interference_map,
     layer_maps,
@@ -65,6 +66,7 @@ def _parts(report: Report) -> dict[str, Any]:
         "kept": recovery_bars(task_recoveries(first.tasks)) if first else None,
         "places": recovery_bars(leaderboard_recoveries(board)) if board else None,
         "interference": interference_map(first) if first else None,
+        "confusion": confusion_maps(first) if first else (),
         "layers": layer_maps(report.conflict) if report.conflict else (),
         "weights": weight_map(weights) if weights and not weights.constant else None,
         "chart": loss_chart(report.losses),
