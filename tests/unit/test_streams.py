@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import os
+import re
 import signal
 import sys
 import time
@@ -14,7 +15,7 @@ import pytest
 
 import plait
 from plait.cli import main as command
-from plait.cli.console import err, out
+from plait.cli.console import ProgressBars, err, out
 from plait.cli.stopping import Stopped, noting_on_stop, stoppable
 from plait.cli.streams import guarded
 from plait.errors import PlaitError
@@ -177,3 +178,16 @@ def test_reprs_are_a_few_lines(tmp_path):
         assert repr(value).startswith(f"{type(value).__name__}(")
     assert "210 × ModuleRecord" in repr(merged.record)
     assert "method='linear'" in str(merged.plan)
+
+
+def test_a_stage_that_ends_early_says_how_much_was_done(capsys) -> None:
+    progress = ProgressBars()
+    for done in (600, 75):
+        progress.start("trial 5", 600, "examples")
+        progress.advance(done)
+        progress.finish()
+    lines = capsys.readouterr().err.splitlines()
+    assert [re.sub(r"[\d.]+ s$", "0 s", line) for line in lines] == [
+        "trial 5: 600 examples in 0 s",
+        "trial 5: 75 of 600 examples in 0 s",
+    ]

@@ -152,7 +152,7 @@ class ProgressBars:
         self._task: Any = None
         self._stage = ""
         self._unit = ""
-        self._steps = 0
+        self._steps = self._done = 0
         self._started = 0.0
         self._parts: Progress | None = None
 
@@ -176,6 +176,7 @@ class ProgressBars:
         """Begin a stage."""
         self.close()  # a terminal shows one set of bars at a time
         self._stage, self._steps, self._unit, self._started = stage, total, unit, time.perf_counter()
+        self._done = 0
         if self._console.is_terminal:
             count: tuple[ProgressColumn, ...] = (MofNCompleteColumn(),)
             if unit == "B":
@@ -187,6 +188,7 @@ class ProgressBars:
 
     def advance(self, steps: int = 1) -> None:
         """Report steps done."""
+        self._done += steps
         if self._bar is not None:
             self._bar.advance(self._task, steps)
 
@@ -196,8 +198,10 @@ class ProgressBars:
             self._bar.stop()
             self._bar = None
         elif self._steps:
-            amount = size(self._steps) if self._unit == "B" else f"{self._steps} {self._unit}"
-            self._console.print(f"{self._stage}: {amount} in {time.perf_counter() - self._started:.1f} s")
+            done, total = (size(n) if self._unit == "B" else str(n) for n in (self._done, self._steps))
+            amount = f"{done} of {total}" if self._done < self._steps else total
+            unit = "" if self._unit == "B" else f" {self._unit}"
+            self._console.print(f"{self._stage}: {amount}{unit} in {time.perf_counter() - self._started:.1f} s")
             self._steps = 0
 
 
