@@ -312,6 +312,20 @@ def test_a_base_that_ends_early_while_it_is_read(materials, tmp_path, monkeypatc
     assert "the same command continues from there" in "".join(caught.value.__notes__)
 
 
+def test_a_model_whose_place_was_taken_is_kept_and_named(materials, tmp_path, monkeypatch):
+    from plait.baking import journal
+
+    def taken(*_: object, **__: object) -> None:
+        raise OutputError("out was written by another process in the meantime.")
+
+    monkeypatch.setattr(journal, "publish", taken)
+    with pytest.raises(OutputError, match="in the meantime") as caught:
+        plait.bake(materials.pair, base=materials.base, out=tmp_path / "out")
+    model = tmp_path / ".out.baking" / "model"
+    assert caught.value.__notes__ == [f"The finished model is {model}. Move it to another place, and delete {model.parent}."]
+    assert (model / "plait.lock").is_file()
+
+
 def test_a_failure_before_a_file_is_finished_leaves_nothing(materials, tmp_path, monkeypatch):
     from plait.baking.tensors import ShardTensorBuilder
 

@@ -18,6 +18,7 @@ from plait.errors import AdapterError, PlanError
 from plait.mixture import Mixture
 from tests.adapters_on_disk import Linear, write_adapter
 from tests.baking_models import adapter_output, literal_output, make_adapter, run, save_model
+from tests.command_line import exit_code
 from tests.real_files import CONFIG, LM, MODULES, WEIGHTS, Q, baked, difference, rewrite
 
 pytestmark = [
@@ -171,6 +172,16 @@ class TestDoubts:
         result = plait.merge([written.folder, good.folder], out=tmp_path / "out")
         found = [note for note in result.record.notes if "zero delta" in note]
         assert [note.startswith("'dead': 2 of 2 modules") for note in found] == ([] if where else [True])
+
+    @pytest.mark.parametrize("words", [("compress", "--rank", "1"), ("convert", "--to", "mlx")], ids=" ".join)
+    def test_of_one_adapter_too(self, tmp_path, capsys, words):
+        written = write_adapter(tmp_path / "dead", MODULES, seed=1)
+        save_file({k: torch.zeros_like(v) for k, v in load_file(written.folder / WEIGHTS).items()}, written.folder / WEIGHTS)
+        (written.folder / CONFIG).write_text(json.dumps(json.loads((written.folder / CONFIG).read_text()) | {"r": 64}))
+        assert exit_code(words[0], written.folder, *words[1:], "-o", tmp_path / "out") == 0
+        notes = capsys.readouterr().err
+        assert "'dead': 2 of 2 modules have a zero delta" in notes
+        assert "'dead': the configuration gives 2 of 2 modules another rank than their tensors have" in notes
 
     def test_one_tower_that_was_not_trained(self, tmp_path):
         modules = {"model.visual.blocks.0.q": Linear(8, 8), Q: Linear(8, 8)}

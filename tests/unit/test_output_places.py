@@ -24,6 +24,7 @@ from plait.results import staging
 from plait.results.disk import check_not_an_input, full_disk, write_failure
 from plait.results.staging import held, output_problem, scratch, staged
 from plait.results.writing import write_text_atomic
+from plait.search.pipeline import _study_folder
 from plait.search.request import check_place
 from plait.training.folder import folder_problem
 from plait.training.preflight import check_output, resolve_phases
@@ -198,6 +199,15 @@ def test_what_is_in_a_folder_that_cannot_be_listed_is_not_nothing(tmp_path, monk
     with pytest.raises(OutputError, match=r"out cannot be written: Permission denied"):
         write(out, force=True)
     assert (out / "weights").read_text() == "old"
+
+
+def test_a_study_that_could_not_begin_leaves_no_folder(tmp_path):
+    with pytest.raises(OutputError, match="full"), _study_folder(tmp_path / "study"):
+        raise OutputError("the disk is full.")
+    assert list(tmp_path.iterdir()) == []
+    with _study_folder(tmp_path / "study"):
+        (tmp_path / "study" / "study.db").touch()
+    assert (tmp_path / "study" / "study.db").exists()
 
 
 def test_such_a_folder_is_filled_by_one_process_at_a_time(fixed):
