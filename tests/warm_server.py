@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from importlib import import_module, reload
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 from typing import Any
 
 _MODULES = ("torch", "plait.api", "plait.cli.main", "plait.hub", "plait.tuning.pipeline", "plait.verification.publish")
@@ -94,16 +94,22 @@ def _attend(connection: socket.socket) -> None:
         _run(json.loads(line), connection, files)
     for file in files:
         os.close(file)
-    Thread(target=_report, args=(connection, pid), daemon=True).start()
-    connection.recv(1)  # nothing comes but the end
-    os.kill(pid, signal.SIGKILL)
-    os._exit(0)
+    ended = Event()
+    waiting = Thread(target=_report, args=(connection, pid, ended))
+    waiting.start()
+    with suppress(ConnectionResetError):
+        connection.recv(1)  # nothing comes but the end
+    if not ended.is_set():
+        os.kill(pid, signal.SIGKILL)
+    waiting.join()
 
 
-def _report(connection: socket.socket, pid: int) -> None:
-    end = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)  # until this process ends, the number is no other process's
+def _report(connection: socket.socket, pid: int, ended: Event) -> None:
+    """Wait for a program's end, and report it when its number is free: what it left is seen to be no process's."""
+    end = os.waitid(os.P_PID, pid, os.WEXITED)
     if end is None:
         raise AssertionError("waitid was not asked to return at once")
+    ended.set()
     code = -end.si_status if end.si_code in (os.CLD_KILLED, os.CLD_DUMPED) else end.si_status
     with suppress(BrokenPipeError):
         connection.sendall(f"ended {code}\n".encode())
