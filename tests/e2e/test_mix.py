@@ -263,6 +263,14 @@ class TestPage:
         assert page.text_content(merge) != before
         assert mixer.controls.read(page.evaluate("location.search")) == moved, "the address holds the setting"
         page.wait_for_selector("#tasks .mixer-task[data-task=rate] .detail")
+        page.click("#method input")
+        page.fill("#method input", "ties")
+        page.press("#method input", "Enter")
+        page.fill("input[aria-label*=density]", "0.5")
+        page.press("input[aria-label*=density]", "Tab")
+        page.wait_for_function("location.search.includes('method=ties') && location.search.includes('density:0.5')")
+        moved = moved.model_copy(update={"method": "ties", "params": {"density": 0.5}})
+        answered(page, moved)
         assert other.text_content(merge) != page.text_content(merge), "another window has its own sliders"
         assert mixer.controls.read(other.evaluate("location.search")) == apart
         assert other.evaluate("document.documentElement.scrollWidth") <= 390

@@ -90,6 +90,8 @@ def test_methods_become_controls() -> None:
     assert (density.kind, density.default, density.high) == ("slider", METHODS["ties"].params().density, 1.0)
     assert 0 < density.low < 0.05, "0 itself is not allowed"
     assert found["space"].options == METHODS["ties"].spaces
+    assert (found["flavor"].kind, found["flavor"].options[0], found["flavor"].default) == ("choice", "", None)
+    assert found["weighted_vote"].kind == "switch"
     for method in METHODS.values():
         for one in parameters_of(method):
             assert one.description, f"{method.name}.{one.name}"

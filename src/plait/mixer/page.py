@@ -35,7 +35,8 @@ _CSS = (
 .gradio-container { max-width: 82rem !important; padding-inline: 1rem !important; }
 .mixer-head h1 { font-size: 1.25rem; margin: 0; font-weight: 650; }
 .mixer-head p { margin: .1rem 0 0; color: var(--body-text-color-subdued); font-size: .85rem; overflow-wrap: anywhere; }
-footer { display: none !important; }
+#tokens, #tokens div { overflow: visible !important; }
+footer, #status:not(:has(.mixer-note, .mixer-error)) { display: none !important; }
 .gradio-container .row { align-items: flex-start; }
 """
 )
@@ -193,9 +194,20 @@ class Page:
         def parameters(name: str, given: Mapping[str, Any]) -> None:
             gr.HTML(_about(METHODS[name].summary, METHODS[name].equation), padding=False)
             values = given["values"] if given["of"] == name else {}
-            for one in parameters_of(METHODS[name]):
+            offered = parameters_of(METHODS[name])
+            numbers = [one for one in offered if one.kind in ("slider", "number", "integer")]
+            others = [one for one in offered if one not in numbers]
+
+            def show(one: Parameter) -> None:
                 control = self._parameter(one, values.get(one.name, one.default))
                 control.change(partial(_with_value, name, one), [params, control], params, show_progress="hidden")
+
+            for one in numbers:
+                show(one)
+            if others:
+                with gr.Accordion(f"More of {name}", open=bool({one.name for one in others} & {*values})):
+                    for one in others:
+                        show(one)
 
         gr.render(inputs=[method, params], triggers=[redraw.change], show_progress="hidden")(parameters)
         if not self._controls.bands:
@@ -212,15 +224,15 @@ class Page:
         return [method, params, scale, *weights, *factors]
 
     def _parameter(self, one: Parameter, value: Any) -> Any:
-        gr, about = self._gr, {"label": one.name, "info": one.description}
+        gr, about = self._gr, {"label": one.name, "info": one.description, "interactive": True}
         match one.kind:
             case "switch":
                 return gr.Checkbox(bool(value), **about)
             case "choice":
-                return gr.Dropdown([*one.options], value=value, **about)
+                return gr.Dropdown([(option or "–", option) for option in one.options], value=value or "", **about)
             case "slider" if isinstance(value, (int, float)):
                 return gr.Slider(min(one.low, value), max(one.high, value), value, step=one.step, **about)
-            case "number" | "integer" if isinstance(value, (int, float)):
+            case "number" | "integer" if value is None or isinstance(value, (int, float)):
                 return gr.Number(value, precision=0 if one.kind == "integer" else None, **about)
         return gr.Textbox(value if isinstance(value, str) else json.dumps(value), max_lines=4, **about)
 
@@ -414,7 +426,7 @@ def _with_value(method: str, one: Parameter, params: Mapping[str, Any], value: A
     if one.kind == "text" and value != one.default:
         value = parse_override(f"x={value}")[1] if value else None
     own.pop(one.name, None)
-    if value is not None and value != one.default:
+    if value not in (None, "") and value != one.default:
         own[one.name] = value
     return {"of": method, "values": own}
 

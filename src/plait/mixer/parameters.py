@@ -21,7 +21,7 @@ class Parameter(Record):
         low: smallest value of a slider.
         high: largest value of a slider.
         step: of a slider.
-        options: of a choice.
+        options: of a choice; the empty one is none of them, where that is allowed.
         description: for people.
     """
 
@@ -48,7 +48,8 @@ def _parameter(name: str, field: Mapping[str, Any], shapes: Mapping[str, Any]) -
     shape = _shape(field, shapes)
     options = shape.get("enum", [shape["const"]] if "const" in shape else [])
     if options and all(isinstance(option, str) for option in options):
-        return Parameter(kind="choice", options=tuple(options), **about)
+        may_be_none = any(option.get("type") == "null" for option in field.get("anyOf", ()))
+        return Parameter(kind="choice", options=("",) * may_be_none + tuple(options), **about)
     kind = shape.get("type")
     if kind == "boolean":
         return Parameter(kind="switch", **about)
@@ -63,8 +64,8 @@ def _parameter(name: str, field: Mapping[str, Any], shapes: Mapping[str, Any]) -
 
 
 def _shape(field: Mapping[str, Any], shapes: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the type of a field: of a number that may be `auto`, the number."""
+    """Return the type of a field: of a number that may be `auto`, or of a value that may be none, that of the value."""
     if "$ref" in field:
         return dict(shapes[field["$ref"].rpartition("/")[2]])
-    options = [o for o in field.get("anyOf", ()) if o.get("const") != "auto"]
+    options = [o for o in field.get("anyOf", ()) if o.get("const") != "auto" and o.get("type") != "null"]
     return dict(options[0]) if len(options) == 1 else field

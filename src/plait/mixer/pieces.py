@@ -51,8 +51,11 @@ CSS = """
 .mixer-scroll { overflow-x: auto; }
 .mixer-table { border-collapse: collapse; font-size: .85rem; width: 100%; }
 .mixer-table th { text-align: left; font-weight: 600; color: var(--body-text-color-subdued); }
-.mixer-table td, .mixer-table th { padding: .25rem .7rem .25rem 0; border-bottom: 1px solid var(--border-color-primary);
-  vertical-align: top; overflow-wrap: anywhere; }
+.mixer-table td, .mixer-table th { padding: .25rem .7rem .25rem 0 !important; vertical-align: top; word-break: normal;
+  border: solid var(--border-color-primary) !important; border-width: 0 0 1px !important; overflow-wrap: normal; }
+.mixer-table, .mixer-table tr, .mixer-tokens .tops table, .mixer-tokens .tops tr { border: 0 !important; }
+.mixer-tokens .tops td, .mixer-tokens .tops th { border: 0 !important; padding: 0 .6rem 0 0 !important; }
+.mixer-table .prompt { min-width: 14rem; overflow-wrap: anywhere; }
 .mixer-table .right { color: var(--color-accent); } .mixer-table .wrong { color: #c2410c; }
 .dark .mixer-table .wrong { color: #fb923c; }
 """
@@ -163,7 +166,7 @@ def flips(found: Sequence[Flip]) -> str:
     better, worse = (sum(flip.better is kind for flip in found) for kind in (True, False))
     shown = [flip for i, flip in enumerate(found) if sum(f.task == flip.task for f in found[:i]) < _FLIPS]
     rows = "".join(
-        f"<tr><td>{escape(flip.task)}</td><td>{escape(flip.prompt[-160:])}</td><td>{escape(flip.target)}</td>"
+        f'<tr><td>{escape(flip.task)}</td><td class="prompt">{escape(flip.prompt[-160:])}</td><td>{escape(flip.target)}</td>'
         f'<td>{escape(flip.before or "–")}</td><td class="{_kind(flip)}">{escape(flip.now or "–")}</td></tr>'
         for flip in shown
     )
