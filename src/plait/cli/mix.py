@@ -38,6 +38,8 @@ def mix(
     The page is served to this machine alone, at an address with a token. Nothing is written but by its Keep.
 
     Example: plait mix ./intent ./langid --tasks tasks/intent.yaml tasks/langid.yaml --base-id ./base
+
+    Example: plait mix artifacts/merged/ties/intent_langid/runs/run_20260102_030405 --out kept
     """
     from plait.cli.console import ProgressBars, warnings_as_notes
     from plait.cli.console import out as console
