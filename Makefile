@@ -20,18 +20,18 @@ test test-newest test-oldest: export OMP_NUM_THREADS ?= 1
 # tests start some thirty processes, and each would compile plait again
 unexport PYTHONDONTWRITEBYTECODE
 
-# Tests of what other libraries are asked for, and of training, whose libraries must be newer. torch is the tested one everywhere:
+# Tests of what other libraries are asked for; and of training and the mixer, whose libraries must be newer. torch is the tested one everywhere:
 # another is a download of gigabytes, so that its lower bound is the one that no run has tried.
 LIBRARY_TESTS := $(addprefix tests/,$(addsuffix .py, \
   e2e/test_asr_tasks e2e/test_audio_tasks e2e/test_cli e2e/test_core_only e2e/test_encoder_decoder e2e/test_encoder_tasks e2e/test_evaluation e2e/test_heads e2e/test_hub e2e/test_image_tasks \
-  e2e/test_live_merge e2e/test_lm_eval e2e/test_mix e2e/test_mixture_peft e2e/test_parity e2e/test_peft_round_trip e2e/test_push \
+  e2e/test_live_merge e2e/test_lm_eval e2e/test_mixture_peft e2e/test_parity e2e/test_peft_round_trip e2e/test_push \
   e2e/test_sweep e2e/test_sweep_again unit/test_libraries_accelerate unit/test_libraries_huggingface_hub \
   unit/test_libraries_optuna unit/test_libraries_peft unit/test_libraries_transformers unit/test_likelihood \
   unit/test_likelihood_reads unit/test_mixture unit/test_notebook unit/test_packing unit/test_public_surface unit/test_recipe_messages \
   unit/test_recipe_overrides unit/test_recipe_writing unit/test_recipes unit/test_report_runs unit/test_reports \
   unit/test_tasks unit/test_training_data))
 TRAINING_TESTS := $(addprefix tests/,$(addsuffix .py, \
-  e2e/test_bake_models e2e/test_sft e2e/test_sft_again e2e/test_sft_flags e2e/test_terminal e2e/test_train \
+  e2e/test_bake_models e2e/test_mix e2e/test_sft e2e/test_sft_again e2e/test_sft_flags e2e/test_terminal e2e/test_train \
   e2e/test_train_checks e2e/test_train_workers unit/test_libraries_trl unit/test_phases unit/test_training_encoding))
 
 .PHONY: package site demo test test-newest test-oldest check fuzz bench docs clean
@@ -72,12 +72,12 @@ test-oldest:
 	$(PYTHON) tests/lower_bounds.py $(subst $(comma), ,$(WITHOUT_TRAINING)) > $(VENV)-oldest/constraints.txt
 	$(call installed,oldest) -e '.[$(WITHOUT_TRAINING)]'
 	$(VENV)-oldest/bin/python -m pytest -n auto -W default $(LIBRARY_TESTS)
-	$(PYTHON) tests/lower_bounds.py test train > $(VENV)-oldest/constraints.txt
-	$(call installed,oldest) -e '.[test,train]'
+	$(PYTHON) tests/lower_bounds.py mix test train > $(VENV)-oldest/constraints.txt
+	$(call installed,oldest) -e '.[mix,test,train]'
 	$(VENV)-oldest/bin/python -m pytest -n auto -W default $(TRAINING_TESTS)
 
 comma := ,
-WITHOUT_TRAINING := audio,data,eval,lm-eval,mix,notebook,parity,report,sweep,test,vision
+WITHOUT_TRAINING := audio,data,eval,lm-eval,notebook,parity,report,sweep,test,vision
 installed = $(VENV)-$(1)/bin/python -m pip install --quiet --disable-pip-version-check -c $(VENV)-$(1)/constraints.txt
 
 check: $(VENV)/.dev
