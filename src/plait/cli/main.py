@@ -229,7 +229,10 @@ def _failure_of_a_file(error: Exception) -> PlaitError | None:
     """
     if not isinstance(error, OSError) or error.errno is None or not isinstance(error.filename, (str, bytes, os.PathLike)):
         return None
-    return PlaitError(f"{os.fsdecode(error.filename)}: {error.strerror or error}.")
+    failure = PlaitError(f"{os.fsdecode(error.filename)}: {error.strerror or error}.")
+    for note in getattr(error, "__notes__", ()):  # on what is kept
+        failure.add_note(note)
+    return failure
 
 
 def _translated(arguments: list[str]) -> list[str]:
