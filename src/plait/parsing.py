@@ -143,12 +143,13 @@ def opened(handle: int, path: Path) -> BufferedReader:
     """
     try:
         with _naming(path):
-            if stat.S_ISREG(os.fstat(handle).st_mode):
-                return BufferedReader(_NamedFile(handle, path))
-            raise OSError(errno.EINVAL, "a folder, a pipe or a device, not a file")
-    except OSError:
+            if not stat.S_ISREG(os.fstat(handle).st_mode):
+                raise OSError(errno.EINVAL, "a folder, a pipe or a device, not a file")
+            file = _NamedFile(handle, path)
+    except BaseException:
         os.close(handle)
         raise
+    return BufferedReader(file)
 
 
 class _NamedFile(io.FileIO):

@@ -41,6 +41,15 @@ ASKED = Asked(PROMPT, sampling=Sampling(5))
 WANTED = lambda: False  # noqa: E731 (a callable that never stops)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _left_open() -> Iterator[None]:
+    """Collect what gradio leaves open when every other fixture is gone: no later test is to warn of it."""
+    yield
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        gc.collect()
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = train_pair(tmp_path_factory.mktemp("mixed"), steps=20)
@@ -207,9 +216,6 @@ class TestPage:
             with Server(mixer) as found:
                 yield found
         del found
-        with warnings.catch_warnings():  # of what gradio has left open, in no later test
-            warnings.simplefilter("ignore")
-            gc.collect()
         assert not elsewhere, "the server asked somebody else"
 
     @pytest.fixture(scope="class")

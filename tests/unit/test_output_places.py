@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -435,3 +436,20 @@ def test_a_training_does_not_go_into_its_base(tmp_path):
     plan = SimpleNamespace(out=tmp_path, base=str(tmp_path), origins=SimpleNamespace(at=lambda *_: nullcontext()))
     with pytest.raises(OutputError, match="is the base model's folder"):
         resolve_phases(plan)
+
+
+def test_a_folder_that_was_there_stays_and_the_error_is_the_blocks(tmp_path):
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    with pytest.raises(OutputError, match="full"), _study_folder(mine):
+        raise OutputError("full")
+    assert list(mine.iterdir()) == []
+    with pytest.raises(OutputError, match="full"), _study_folder(mine):
+        shutil.rmtree(mine)
+        raise OutputError("full")
+
+
+def test_a_failure_that_names_no_file_and_is_not_a_disks_is_not_the_outputs(tmp_path):
+    reset = ConnectionResetError(errno.ECONNRESET, "Connection reset by peer")
+    assert write_failure(reset, tmp_path / "out", tmp_path / ".out.staging-1") is None
+    assert write_failure(OSError(errno.EIO, "Input/output error"), tmp_path / "out", tmp_path / ".out.staging-1")

@@ -173,9 +173,16 @@ class Adapter:
         return tuple(sorted({info.dtype for info in self.file.tensors.values()}))
 
     def sha256(self) -> str:
-        """Return the hex digest of the tensor file; of numbered files that of their digests, in order."""
+        """Return the hex digest of the tensor file; of numbered files that of their digests, in order.
+
+        Raises:
+            AdapterError: a file cannot be read.
+        """
         paths = [p for p in self.files if p.suffix != ".json"] or [self.file.path]
-        digests = [sha256(path) for path in paths]
+        try:
+            digests = [sha256(path) for path in paths]
+        except OSError as error:
+            raise AdapterError(f"{error.filename}: cannot be read ({error.strerror or error}).") from None
         return digests[0] if len(digests) == 1 else hashlib.sha256(bytes.fromhex("".join(digests))).hexdigest()
 
 

@@ -195,14 +195,14 @@ def _is_there(place: Path) -> bool:
     """Whether there is a file; a text that no file can be called by is the name of none.
 
     Raises:
-        TaskError: the system cannot say.
+        TaskError: the system cannot say, of a text that looks like a name.
     """
     try:
         return place.is_file()
     except ValueError:  # NUL in it
         return False
     except OSError as error:
-        if error.errno == errno.ENAMETOOLONG:
+        if error.errno == errno.ENAMETOOLONG or len(str(place).split()) > 1:
             return False
         raise TaskError(f"{place}: {error.strerror or error}.") from None
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from plait.errors import DISK_FULL, OutputError, PlaitError
+from plait.errors import DISK_FAULTS, DISK_FULL, OutputError, PlaitError
 
 #: What libraries written in Rust say of the system's error, and what torch says whose archive could not be written to its end.
 _NUMBER, _CUT_OFF = re.compile(r"\(os error (\d+)\)"), re.compile(r"inline_container\.cc|PytorchStreamWriter failed")
@@ -47,15 +47,19 @@ def write_failure(error: BaseException, out: Path, place: Path, *, left: str = "
     if not isinstance(error, OSError) or isinstance(error, PlaitError) or error.errno is None:
         return None
     why = error.strerror or str(error)
-    if error.errno not in DISK_FULL and isinstance(error.filename, (str, os.PathLike)):
+    refused = (errno.EACCES, errno.EPERM, errno.EROFS)
+    if not isinstance(error.filename, (str, os.PathLike)):
+        if error.errno not in (*DISK_FAULTS, *refused):
+            return None
+    elif error.errno not in DISK_FULL:
         about = Path(os.path.abspath(error.filename))  # noqa: PTH100 (resolve() would follow links)
         own = (place, place.with_name(f"{place.name}.old"), out)
         if not any(about.is_relative_to(os.path.abspath(p)) for p in own):  # noqa: PTH100
             return None
         why = f"{why} ({about})"
-    advice = {number: "Free some space, or choose another place." for number in DISK_FULL}
-    advice |= dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "Choose another place.")
-    return OutputError(" ".join(filter(None, (f"{out} cannot be written: {why}.", left, advice.get(error.errno)))))
+    advice = "Free some space, or choose another place." if error.errno in DISK_FULL else ""
+    advice = "Choose another place." if error.errno in refused else advice
+    return OutputError(" ".join(filter(None, (f"{out} cannot be written: {why}.", left, advice))))
 
 
 def full_disk(error: BaseException) -> str | None:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from plait.cluster.connection import connected
@@ -80,9 +79,13 @@ def run_sweep(
 @contextmanager
 def _study_folder(out: Path) -> Iterator[None]:
     """Hold the folder of a study, made when missing; where nothing of a study comes to be in it, it goes again."""
+    is_new = not os.path.lexists(out)
     with locked(out / LOCK, "a search"):
         try:
             yield
         finally:
-            if [path.name for path in out.iterdir()] == [LOCK]:
-                shutil.rmtree(out, ignore_errors=True)
+            with suppress(OSError):  # of what can no longer be looked at: the error that led here matters
+                if [path.name for path in out.iterdir()] == [LOCK]:
+                    (out / LOCK).unlink()
+                    if is_new:
+                        out.rmdir()

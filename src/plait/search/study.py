@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -101,7 +101,8 @@ class Study:
                 raise
             except Exception as error:  # SQLAlchemy and its drivers raise any class
                 if is_new:
-                    (folder / STORAGE).unlink(missing_ok=True)  # as far as it was made before the disk was full, say
+                    with suppress(OSError):
+                        (folder / STORAGE).unlink()  # as far as it was made before the disk was full, say
                 raise OutputError(f"{self._where}: Optuna cannot open this storage: {first_line(error)}.") from None
 
     def _check(self, goals: int) -> None:
