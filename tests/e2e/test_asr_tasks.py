@@ -57,7 +57,7 @@ def whisper() -> WhisperForConditionalGeneration:
     torch.manual_seed(0)
     config = WhisperConfig(
         d_model=16,
-        encoder_layers=1,
+        encoder_layers=2,  # as many as the decoder: transformers 4.56 takes the cache of one for that of the other
         decoder_layers=2,
         encoder_attention_heads=2,
         decoder_attention_heads=2,
