@@ -115,6 +115,8 @@ def test_what_is_kept_is_what_was_heard(place: Path, mixer: Mixer, name: str) ->
     assert heard(mixer, setting)["merge"] == plait.ask(
         PROMPT, kept.adapter, base=place / "base", max_new_tokens=5
     ).prompts[0].replies[name].text  # fmt: skip
+    for file in (Path(kept.recipe), *Path(kept.adapter).iterdir()):
+        assert b"subset" not in file.read_bytes(), f"{file.name}: the mixer's own subset is nobody's setting"
     again = plait.merge(kept.recipe, out=place / f"again-{name}")
     same = "adapter_model.safetensors"
     assert (again.folder / same).read_bytes() == (Path(kept.adapter) / same).read_bytes()
@@ -143,7 +145,11 @@ def test_tokens_say_where_an_adapter_is_elsewhere(mixer: Mixer) -> None:
     assert "".join(view.text for view in views) == heard(mixer, alone)["merge"]
     other = mixer.disagreement(alone, ASKED, "rate", WANTED)
     assert max(view.kl for view in other) > 0.1
-    assert all(abs(sum(p for _, p in view.merge)) <= 1.001 for view in other)
+    ids = tokenizer()(PROMPT, return_tensors="pt").input_ids
+    with mixer._candidate(alone).act(mixer._evaluator.session.live, None) as model, torch.no_grad():
+        expected = model(input_ids=ids).logits[0, -1].softmax(-1).topk(5)
+    assert [text for text, _ in other[0].merge] == [tokenizer().decode([t]) for t in expected.indices.tolist()]
+    assert [p for _, p in other[0].merge] == pytest.approx(expected.values.tolist(), abs=1e-4)
 
 
 def test_scores_are_those_of_an_evaluation(place: Path, mixer: Mixer) -> None:
@@ -182,6 +188,8 @@ def test_runs_open_and_what_is_wrong_is_refused(place: Path, mixer: Mixer, tmp_p
     merged = plait.merge({**pair, "sort": tmp_path / "sort"}, out=tmp_path / "merged", base_model=str(place / "base")).folder
     with pytest.raises(RecipeError, match=r"opens as it was made.*these are for adapters: scale"):
         order(place, tasks=False, source=[merged], settings={"scale": 2}).check()
+    with pytest.raises(RecipeError, match=r"these are for adapters: moments"):
+        MixOrder(request=Request([merged], {}, moments=[tmp_path])).check()
     (tmp_path / "sort" / "adapter_model.safetensors").write_bytes(b"other")
     with pytest.raises(AdapterError, match="1 of the adapters that it was made of are not what they were"):
         order(place, tasks=False, source=[merged]).check()
@@ -289,6 +297,64 @@ class TestPage:
         ids = tokenizer()([PROMPT, "rate w8 :"], return_tensors="pt").input_ids
         with plait.mixture.load([mixer.out / "heard"], base=place / "base") as live, torch.no_grad():
             assert torch.allclose(live.model(input_ids=ids).logits, logits(mixer, moved), atol=1e-4)
+
+    def test_an_empty_control_is_an_error_that_is_shown(self, mixer: Mixer) -> None:
+        from plait.mixer.page import Page, Person
+
+        page, start = Page(mixer), mixer.controls.start
+        rest = [1.0] * (len(LABELS) * (1 + len(mixer.controls.bands)))
+        params = {"of": start.method, "values": {}}
+        asking = [PROMPT, "", True, 3, 0, 1, 0]
+        assert page.setting([start.method, params, 1.0, *rest]) == start
+        for empty in ([start.method, params, None, *rest], [start.method, params, 1.0, *rest[:-1], None]):
+            with pytest.raises(RecipeError, match=r"no setting: .*got None"):
+                page.setting(empty)
+            (shown, _), *_ = page._answers(Person(), "sort", *asking, *empty)
+            (_, scored), *_ = page._scores(Person(), *empty)
+            for text in (shown, scored, page._tokens(Person(), "sort", *asking, *empty)):
+                assert "got None" in text
+
+    def test_another_adapter_leaves_answers_alone(self, mixer: Mixer) -> None:
+        from plait.mixer.page import Page, Person
+
+        page, person, start = Page(mixer), Person(), mixer.controls.start
+        answers, tokens = person.answers.begin(), person.tokens.begin()
+        rest = [1.0] * (len(LABELS) * (1 + len(mixer.controls.bands)))
+        values = [PROMPT, "", True, 3, 0, 1, 0, start.method, {"of": start.method, "values": {}}, 1.0, *rest]
+        assert "data-kl" in page._tokens(person, "rate", *values)
+        assert (answers(), tokens()) == (False, True)
+        person.leave()
+        assert answers()
+
+    def test_a_suggestion_that_fails_leaves_the_others(self, mixer: Mixer, monkeypatch: pytest.MonkeyPatch) -> None:
+        from plait.mixer.mixer import Suggestion
+        from plait.mixer.page import Page, Person
+
+        def suggest(*_: Any) -> Iterator[Suggestion]:
+            yield Suggestion(setting=mixer.controls.start, share=0.25, worst=None, mean=None)
+            raise RecipeError("no scale is nearest")
+
+        monkeypatch.setattr(mixer, "suggest", suggest)
+        rest = [1.0] * (len(LABELS) * (1 + len(mixer.controls.bands)))
+        *_, last = Page(mixer)._suggested(Person(), "linear", {"of": "linear", "values": {}}, 1.0, *rest)
+        assert "25.0%" in last
+        assert "no scale is nearest" in last
+
+    def test_a_public_address_that_cannot_be_had_is_an_error(self, mixer: Mixer, monkeypatch: pytest.MonkeyPatch) -> None:
+        import gradio
+
+        from plait.mixer.page import Server
+
+        def refused(*_: Any, **__: Any) -> str:
+            raise RuntimeError("no tunnel")
+
+        closed: list[Any] = []
+        close = gradio.Blocks.close
+        monkeypatch.setattr(gradio.networking, "setup_tunnel", refused)
+        monkeypatch.setattr(gradio.Blocks, "close", lambda self, *a, **how: closed.append(self) or close(self, *a, **how))
+        with pytest.raises(OutputError, match="a public address could not be had"):
+            Server(mixer, share=True)
+        assert closed
 
     def test_without_the_token_there_is_nothing(self, server: Any) -> None:
         with pytest.raises(HTTPError, match="401") as refused:

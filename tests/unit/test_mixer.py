@@ -12,10 +12,11 @@ import pytest
 from plait.errors import RecipeError
 from plait.methods import METHODS
 from plait.mixer import pieces
-from plait.mixer.disagreement import TokenView
+from plait.mixer.disagreement import TokenView, _pieces
 from plait.mixer.gate import Gate
 from plait.mixer.mixer import Flip
-from plait.mixer.parameters import parameters_of
+from plait.mixer.page import _with_value
+from plait.mixer.parameters import Parameter, parameters_of
 from plait.mixer.setting import Controls, Setting, bands_of
 from plait.mixer.turns import GiveWay, Latest, Superseded, Turns, streamed
 from plait.recipes.loading import build_recipe
@@ -53,6 +54,11 @@ def test_an_address_holds_a_setting() -> None:
         found.read("weight=a:x&scale=")
     with pytest.raises(RecipeError, match="not a finite number"):
         found.read("scale=nan")
+    with pytest.raises(RecipeError, match=r"param='x:\[+.* is not a value"):
+        found.read("param=x:" + "[" * 100_000)
+    for name in ("name", "space"):
+        with pytest.raises(RecipeError, match=f"{name} is not a parameter of a method"):
+            found.read(f'param={name}:"ties"')
     with pytest.raises(RecipeError, match=r"'c' is not an adapter here; there are a, b; 'no\.band' is not a band"):
         found.read("weight=c:1&band=a:no.band:1")
 
@@ -111,6 +117,24 @@ def test_what_is_out_of_date_lets_go() -> None:
         pytest.fail("began what nobody wants")
 
 
+def test_what_is_out_of_date_stops_waiting() -> None:
+    latest, turns, left = Latest(), Turns(), threading.Event()
+    stop = latest.begin()
+
+    def wait() -> None:
+        with pytest.raises(Superseded), turns.turn(stop):
+            pytest.fail("the turn is another's")
+        left.set()
+
+    with turns.turn(lambda: False):
+        threading.Thread(target=wait, daemon=True).start()
+        assert not left.wait(0.05)
+        latest.begin()
+        assert left.wait(5), "while the other still has its turn"
+    with turns.turn(lambda: False):
+        turns.check()
+
+
 def test_the_background_gives_way_to_who_waits() -> None:
     turns, order = Turns(), list[str]()
     inside, asked = threading.Event(), threading.Event()
@@ -150,6 +174,27 @@ def test_what_a_thread_reports_is_streamed() -> None:
     assert [*streamed(lambda report: report(2))] == [2]
 
 
+def test_a_character_of_several_tokens_is_the_last_ones() -> None:
+    class Bytes:
+        def decode(self, tokens: list[int]) -> str:
+            return bytes(tokens).decode("utf-8", "replace")
+
+    text = "né 語🙂"
+    assert _pieces(Bytes(), [*text.encode()]) == ["n", "", "é", " ", "", "", "語", "", "", "", "🙂"]
+    assert _pieces(Bytes(), [*text.encode()][:-1])[-1] == "\ufffd", "a reply may end within one"
+
+
+def test_a_number_that_may_be_none_stays_a_number() -> None:
+    number = Parameter(name="x", kind="slider", default=None)
+    params = {"of": "m", "values": {}}
+    assert _with_value("m", number, params, 0.5)["values"] == {"x": 0.5}
+    assert _with_value("m", number, {"of": "m", "values": {"x": 0.5}}, None)["values"] == {}
+    text = number.model_copy(update={"kind": "text"})
+    assert _with_value("m", text, params, "0.5")["values"] == {"x": 0.5}
+    with pytest.raises(RecipeError):
+        _with_value("m", text, params, "[")
+
+
 def answer(gate: Gate, path: str = "/", query: str = "", cookie: str = "", kind: str = "http") -> tuple[Any, dict[str, str]]:
     """Return status (or kind of message) and headers of what a request is answered."""
     sent: list[Any] = []
@@ -187,6 +232,9 @@ def test_the_token_opens_the_page_and_nothing_else_does() -> None:
     assert "default-src 'self'" in headers["content-security-policy"]
     assert {"HttpOnly", "SameSite=Strict"} <= {*headers["set-cookie"].split("; ")}
     assert answer(gate, "/gradio_api/queue/join", cookie="other=1; " + headers["set-cookie"].split(";")[0])[0] == 200
+    own = headers["set-cookie"].split(";")[0]
+    for others in ('a={"x": 1}; ', "b=a,b=c@é; ", "bad name=1;"):
+        assert answer(gate, cookie=others + own)[0] == 200, f"behind {others}"
     assert answer(Gate(app, "another"), cookie=headers["set-cookie"].split(";")[0])[0] == 401
 
 

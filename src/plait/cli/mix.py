@@ -25,7 +25,12 @@ def mix(
         int | None, typer.Option(metavar="N", help="Of the page; the first free one from 7860.", show_default=False)
     ] = None,
     share: Annotated[
-        bool, typer.Option("--share", help="Serve the page at a public address too, through gradio's server.")
+        bool,
+        typer.Option(
+            "--share",
+            help="Serve the page at a public address too, through gradio's server; gradio fetches a program for the tunnel, "
+            "and writes .gradio/certificate.pem.",
+        ),
     ] = False,
     moments: Moments = None,
     workers: Workers = None,

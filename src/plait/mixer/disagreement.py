@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -74,6 +73,16 @@ def compare(tokenizer: Any, reply: Sequence[int], adapter: Tensor, merge: Tensor
 
 
 def _pieces(tokenizer: Any, tokens: Sequence[int]) -> list[str]:
-    """Return what each token adds to the text: by itself a token may lose the blank before it."""
-    texts = [tokenizer.decode(list(tokens[:i])) for i in range(len(tokens) + 1)]
-    return [after[len(before) :] for before, after in pairwise(texts)]
+    """Return what each token adds to the text: by itself a token may lose the blank before it, or be a part of a character.
+
+    A character of several tokens is the last one's.
+    """
+    found, before = list[str](), ""
+    for i in range(1, len(tokens) + 1):
+        after = tokenizer.decode(list(tokens[:i]))
+        if after.endswith("\ufffd") and i < len(tokens):
+            found.append("")
+            continue
+        found.append(after[len(before) :])
+        before = after
+    return found

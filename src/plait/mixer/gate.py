@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from hashlib import sha256
 from hmac import compare_digest
-from http.cookies import CookieError, SimpleCookie
 from typing import Any, TypeAlias
 from urllib.parse import parse_qs
 
@@ -76,14 +75,14 @@ class Gate:
 
 
 def _cookie(scope: Scope, wanted: str) -> str:
+    """Return a cookie's value; other servers of this host may have set some that `http.cookies` does not read."""
     for name, value in scope.get("headers", ()):
         if name == b"cookie":
-            try:
-                found = SimpleCookie(value.decode("latin-1")).get(wanted)
-            except CookieError:
-                continue
-            if found is not None:
-                return found.value
+            header: str = value.decode("latin-1")
+            for part in header.split(";"):
+                key, _, text = part.strip().partition("=")
+                if key == wanted:
+                    return text
     return ""
 
 

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
+from threading import Lock
+from typing import Generic, TypeVar
 
 import torch
 
@@ -50,9 +52,10 @@ from plait.tasks.metrics import metric_of
 
 EXAMPLES = 24  # per task, where nothing says how many
 SUGGESTED = ("linear", "ties", "dc_merge", "tsv", "iso_cts")  # that need no data but texts for the scale
-_CANDIDATES, _REPLIES = 6, 512  # that are kept in memory
+_CANDIDATES, _REPLIES = 6, 512  # that are kept in memory; a candidate may hold factors of all modules
 
 Stop = Callable[[], bool]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -156,14 +159,15 @@ class Mixer:
         workers: int | None = None,
         progress: Progress | None = None,
     ) -> None:
+        scored = recipe  # the subset is the mixer's own: no setting, and so nothing that is kept, holds it
         if recipe.eval.subset is None:
-            recipe = recipe.changed(eval=recipe.eval.model_copy(update={"subset": Subset(max_samples=EXAMPLES)}))
+            scored = recipe.changed(eval=recipe.eval.model_copy(update={"subset": Subset(max_samples=EXAMPLES)}))
         self.turns = Turns(progress)
         self._folder, self._load, self._workers = folder, load, worker_count(workers)
         self.out = out
         options = EvaluateOptions(None, load, workers=workers)
         with recipe.origins.named():
-            self._evaluator, inventory = recipe_evaluator(recipe, folder, options, self.turns, without_tasks=True)
+            self._evaluator, inventory = recipe_evaluator(scored, folder, options, self.turns, without_tasks=True)
             make_plan(inventory, workers=self._workers)
             self.controls = Controls(recipe, inventory.layouts)
         self._inventory = replace(inventory, kept=KeptResults())
@@ -173,8 +177,8 @@ class Mixer:
             dict.fromkeys([*self._evaluator.notes, *heads_apart(recipe, singles), *adapter_doubts(inventory.adapters)])
         )
         self._respondents = base_and_singles(singles)
-        self._candidates: OrderedDict[str, Candidate] = OrderedDict()
-        self._replies: OrderedDict[str, tuple[Reply, tuple[int, ...]]] = OrderedDict()
+        self._candidates = _Recent[Candidate](_CANDIDATES)
+        self._replies = _Recent[tuple[Reply, tuple[int, ...]]](_REPLIES)
 
     def open(self) -> None:
         """Load the base, and make sure that it writes text; later failures would meet whoever asks first.
@@ -379,9 +383,8 @@ class Mixer:
         """
         inventory = self._of(setting)
         key = inventory.recipe.model_dump_json()
-        if key in self._candidates:
-            self._candidates.move_to_end(key)
-            return self._candidates[key]
+        if (known := self._candidates.get(key)) is not None:
+            return known
         made = merge_candidate(inventory, self._evaluator.singles, workers=self._workers, progress=self.turns)
         if (coefficients := self._coefficients(inventory)) is not None:
             made = replace(
@@ -391,9 +394,7 @@ class Mixer:
                 kept=False,
                 described=None,
             )
-        self._candidates[key] = made
-        while len(self._candidates) > _CANDIDATES:  # each may hold factors of all modules
-            self._candidates.popitem(last=False)
+        self._candidates.put(key, made)
         return made
 
     def _coefficients(self, inventory: Inventory) -> torch.Tensor | None:
@@ -423,22 +424,22 @@ class Mixer:
         """Return what someone answers, and the prompt's tokens."""
         assert respondent.candidate is not None, "only candidates are asked here"
         key = digest(respondent.name, respondent.candidate.key, respondent.heads, repr(asked))
-        if key not in self._replies:
-            asking = Asking(
-                self._evaluator.session.live,
-                [respondent],
-                [asked.prompt],
-                asked.sampling,
-                asked.system or None,
-                asked.plain or not self.has_chat,
-            )
-            with self.turns.turn(stop):
-                (answered,) = asking.run(_Heard(self.turns, report))
-                tokens = tuple(asking.tokens(self._evaluator.mixture.model, asking.read[0]))
-            self._replies[key] = answered.replies[respondent.name], tokens
-            while len(self._replies) > _REPLIES:
-                self._replies.popitem(last=False)
-        return self._replies[key]
+        if (known := self._replies.get(key)) is not None:
+            return known
+        asking = Asking(
+            self._evaluator.session.live,
+            [respondent],
+            [asked.prompt],
+            asked.sampling,
+            asked.system or None,
+            asked.plain or not self.has_chat,
+        )
+        with self.turns.turn(stop):
+            (answered,) = asking.run(_Heard(self.turns, report))
+            tokens = tuple(asking.tokens(self._evaluator.mixture.model, asking.read[0]))
+        found = answered.replies[respondent.name], tokens
+        self._replies.put(key, found)
+        return found
 
     def _tokens(self, text: str) -> list[int]:
         tokens: list[int] = self._evaluator.session.live.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -453,6 +454,28 @@ class Mixer:
                     return result
             except GiveWay:  # what was not finished begins again
                 continue
+
+
+class _Recent(Generic[T]):
+    """The values that were used last, by key; for several threads."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit, self._lock = limit, Lock()
+        self._values: OrderedDict[str, T] = OrderedDict()
+
+    def get(self, key: str) -> T | None:
+        with self._lock:
+            if key not in self._values:
+                return None
+            self._values.move_to_end(key)
+            return self._values[key]
+
+    def put(self, key: str, value: T) -> None:
+        with self._lock:
+            self._values[key] = value
+            self._values.move_to_end(key)
+            while len(self._values) > self._limit:
+                self._values.popitem(last=False)
 
 
 class _Heard:

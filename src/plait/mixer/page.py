@@ -8,12 +8,16 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from html import escape
 from secrets import token_urlsafe
 from typing import Any
 from urllib.parse import quote
 
-from plait.errors import OutputError, PlaitError
+from pydantic import ValidationError
+
+from plait.errors import OutputError, PlaitError, RecipeError
 from plait.evaluation.generation import Sampling
+from plait.evaluation.record import TaskResult
 from plait.evaluation.replies import Reply
 from plait.extras import optional
 from plait.methods import METHODS
@@ -23,6 +27,7 @@ from plait.mixer.mixer import SUGGESTED, Asked, Mixer, Suggestion
 from plait.mixer.parameters import Parameter, parameters_of
 from plait.mixer.setting import Band, Setting
 from plait.mixer.turns import Latest, Superseded, streamed
+from plait.parsing import shown
 from plait.recipes.overrides import parse_override
 
 HOST = "127.0.0.1"
@@ -51,13 +56,14 @@ class Person:
     """What belongs to one browser window."""
 
     answers: Latest = field(default_factory=Latest)
+    tokens: Latest = field(default_factory=Latest)
     scores: Latest = field(default_factory=Latest)
     suggestions: Latest = field(default_factory=Latest)
     scored: Setting | None = None  # the last setting that was scored completely
 
     def leave(self) -> None:
         """Let go of what is still computed."""
-        for latest in (self.answers, self.scores, self.suggestions):
+        for latest in (self.answers, self.tokens, self.scores, self.suggestions):
             latest.begin()
 
 
@@ -75,7 +81,11 @@ class Page:
         self.blocks = self._built()
 
     def setting(self, values: Sequence[Any]) -> Setting:
-        """Return what the controls say: method, its parameters, scale, weights, factors of bands."""
+        """Return what the controls say: method, its parameters, scale, weights, factors of bands.
+
+        Raises:
+            RecipeError: a control is empty.
+        """
         method, params, scale, *rest = values
         names, bands = self._controls.names, self._controls.bands
         weights, factors = rest[: len(names)], rest[len(names) :]
@@ -85,14 +95,18 @@ class Page:
                 found.setdefault(place[0], {})[place[1].name] = factor
         own = dict(params.get("values", {})) if params.get("of") == method else {}
         space = own.pop("space", None)
-        return Setting(
-            weights=dict(zip(names, weights, strict=True)),
-            bands=found if bands else {},
-            method=method,
-            space=space,
-            params=own,
-            scale=scale,
-        )
+        try:
+            return Setting(
+                weights=dict(zip(names, weights, strict=True)),
+                bands=found if bands else {},
+                method=method,
+                space=space,
+                params=own,
+                scale=scale,
+            )
+        except ValidationError as error:
+            wrong = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}, got {shown(e['input'])}" for e in error.errors()]
+            raise RecipeError(f"the controls hold no setting: {'; '.join(wrong)}.") from None
 
     def _places(self) -> list[tuple[str, Band]]:
         return [(name, band) for name in self._controls.names for band in self._controls.bands]
@@ -200,7 +214,8 @@ class Page:
 
             def show(one: Parameter) -> None:
                 control = self._parameter(one, values.get(one.name, one.default))
-                control.change(partial(_with_value, name, one), [params, control], params, show_progress="hidden")
+                made = one.model_copy(update={"kind": "text"}) if isinstance(control, gr.Textbox) else one
+                control.change(partial(self._given, name, made), [params, control], params, show_progress="hidden")
 
             for one in numbers:
                 show(one)
@@ -232,9 +247,23 @@ class Page:
                 return gr.Dropdown([(option or "–", option) for option in one.options], value=value or "", **about)
             case "slider" if isinstance(value, (int, float)):
                 return gr.Slider(min(one.low, value), max(one.high, value), value, step=one.step, **about)
+            case "slider" if value is None:
+                return gr.Number(None, minimum=one.low, maximum=one.high, step=one.step, **about)
             case "number" | "integer" if value is None or isinstance(value, (int, float)):
                 return gr.Number(value, precision=0 if one.kind == "integer" else None, **about)
-        return gr.Textbox(value if isinstance(value, str) else json.dumps(value), max_lines=4, **about)
+        text = "" if value is None else value if isinstance(value, str) else json.dumps(value)
+        return gr.Textbox(text, max_lines=4, **about)
+
+    def _given(self, method: str, one: Parameter, params: Mapping[str, Any], value: Any) -> dict[str, Any]:
+        try:
+            return _with_value(method, one, params, value)
+        except PlaitError as error:
+            raise self._refused(error) from None
+
+    def _refused(self, error: PlaitError) -> Exception:
+        """Return what shows an error above the page; gradio takes its text for HTML."""
+        refused: Exception = self._gr.Error(escape(str(error)), print_exception=False)
+        return refused
 
     def _asking_controls(self) -> list[Any]:
         gr, has_chat = self._gr, self._mixer.has_chat
@@ -260,45 +289,47 @@ class Page:
 
     def _changed(self, *values: Any) -> tuple[Any, ...]:
         """Check a setting; what follows runs only where it can be merged."""
-        gr = self._gr
         try:
             setting = self.setting(values)
             self._mixer.check(setting)
         except PlaitError as error:
-            raise gr.Error(str(error), print_exception=False) from None
+            raise self._refused(error) from None
         return "", setting.query(), self._mixer.recipe_text(setting)
 
     def _answers(self, person: Person, versus: str, *values: Any) -> Iterator[tuple[Any, Any]]:
         """Show answers as they are written, the merge's first; then its tokens."""
-        asked, setting = _asked(values[:_ASKED]), self.setting(values[_ASKED:])
-        stop, names = person.answers.begin(), self._mixer.columns()
+        asked, names = _asked(values[:_ASKED]), self._mixer.columns()
+        stop, other_tokens = person.answers.begin(), person.tokens.begin()
         if not asked.prompt.strip():
             yield pieces.note("Write a prompt, and everyone answers."), ""
             return
         texts: list[str | None] = [None] * len(names)
         states, shown = [""] * len(names), 0.0
 
-        def work(report: Any) -> None:
-            self._mixer.replies(setting, asked, stop, lambda *one: report(one))
-
         try:
+            setting = self.setting(values[_ASKED:])
+
+            def work(report: Any) -> None:
+                self._mixer.replies(setting, asked, stop, lambda *one: report(one))
+
             for place, text, reply in streamed(work):
                 texts[place], states[place] = text, _state(reply)
                 if reply is not None or time.monotonic() - shown > _PAUSE:
                     shown = time.monotonic()
                     yield pieces.answers(names, texts, states), self._gr.skip()
-            yield self._gr.skip(), pieces.tokens(self._mixer.disagreement(setting, asked, versus, stop), versus)
+            views = self._mixer.disagreement(setting, asked, versus, lambda: stop() or other_tokens())
+            yield self._gr.skip(), pieces.tokens(views, versus)
         except Superseded:
             return
         except PlaitError as error:
             yield pieces.error(str(error)), ""
 
     def _tokens(self, person: Person, versus: str, *values: Any) -> Any:
-        asked, setting = _asked(values[:_ASKED]), self.setting(values[_ASKED:])
+        asked, stop = _asked(values[:_ASKED]), person.tokens.begin()
         if not asked.prompt.strip():
             return ""
         try:
-            return pieces.tokens(self._mixer.disagreement(setting, asked, versus, person.answers.begin()), versus)
+            return pieces.tokens(self._mixer.disagreement(self.setting(values[_ASKED:]), asked, versus, stop), versus)
         except Superseded:
             return self._gr.skip()
         except PlaitError as error:
@@ -306,9 +337,9 @@ class Page:
 
     def _scores(self, person: Person, *values: Any) -> Iterator[tuple[str, Any]]:
         """Score the setting in the background, task by task; then show what is answered otherwise than before."""
-        setting, stop, results = self.setting(values), person.scores.begin(), []
-        tasks = self._mixer.tasks
+        stop, tasks, results = person.scores.begin(), self._mixer.tasks, list[TaskResult]()
         try:
+            setting = self.setting(values)
             for result in self._mixer.scores(setting, stop):
                 results.append(result)
                 yield pieces.recoveries(results, tasks), self._gr.skip()
@@ -331,7 +362,7 @@ class Page:
         except Superseded:
             return
         except PlaitError as error:
-            yield pieces.error(str(error))
+            yield (pieces.suggestions(found, done=True) if found else "") + pieces.error(str(error))
 
     def _kept(self, name: str, *values: Any) -> str:
         try:
@@ -357,7 +388,7 @@ class Server:
         share_url: the public one; None where none was asked for.
 
     Raises:
-        OutputError: the port is taken.
+        OutputError: the port is taken, or a public address cannot be had.
     """
 
     def __init__(self, mixer: Mixer, *, port: int | None = None, share: bool = False) -> None:
@@ -388,6 +419,12 @@ class Server:
             )
         except OSError as error:
             raise OutputError(f"the page cannot be served at port {port or 'any'}: {error}") from None
+        if share and not public:
+            self.close()
+            raise OutputError(
+                "a public address could not be had (gradio has printed why); without --share (share=) the page is served "
+                "to this machine."
+            )
         self.url = f"{local}?{TOKEN}={quote(token)}"
         self.share_url = f"{public}?{TOKEN}={quote(token)}" if public else None
 
@@ -421,7 +458,11 @@ def _around(value: float, bounds: tuple[float, float]) -> tuple[float, float]:
 
 
 def _with_value(method: str, one: Parameter, params: Mapping[str, Any], value: Any) -> dict[str, Any]:
-    """Return the parameters with another value of one; a default is not given."""
+    """Return the parameters with another value of one; a default is not given.
+
+    Raises:
+        RecipeError: the text is no YAML.
+    """
     own = dict(params["values"]) if params["of"] == method else {}
     if one.kind == "text" and value != one.default:
         value = parse_override(f"x={value}")[1] if value else None

@@ -164,7 +164,7 @@ class Controls:
                     found[key][name] = json.loads(value)
                 elif key in ("method", "space", "scale"):
                     found[""][key] = float(text) if key == "scale" else text
-            except ValueError:
+            except (ValueError, RecursionError):
                 problems.append(f"{key}={shown(text)} is not a value")
         if not problems and not any(found.values()):
             return self.start
@@ -199,6 +199,7 @@ class Controls:
         problems += [
             f"{shown(band)} is not a band of layers here; there are {', '.join(sorted(bands)) or 'none'}" for band in lost
         ]
+        problems += [f"{name} is not a parameter of a method" for name in ("name", "space") if name in setting.params]
         problems += [f"{name} has no weight" for name in self.names if name not in setting.weights]
         if problems:
             raise RecipeError(f"these adapters have no such setting: {'; '.join(problems)}.")

@@ -11,6 +11,7 @@ from typing import TypeVar
 from plait.results.progress import Progress
 
 T = TypeVar("T")
+_LOOK = 0.1  # seconds between two looks, while waiting, at whether it is still wanted
 
 
 class Superseded(Exception):
@@ -22,7 +23,7 @@ class GiveWay(Exception):
 
 
 class Turns:
-    """Turns on a model, first come, first served, but that the background waits until no other work does.
+    """Turns on a model, in no order but that the background waits until no other work does.
 
     It is the `Progress` of all that runs within a turn, so that long work can be left at every step.
 
@@ -46,13 +47,16 @@ class Turns:
             behind: whether it gives way to others.
 
         Raises:
-            Superseded: within the block, at the next step, when `stop` says so.
+            Superseded: while it waits, or within the block at the next step, when `stop` says so.
             GiveWay: the same for work in the background that others wait for.
         """
         with self._free:
             self._waiting += not behind
             try:
-                self._free.wait_for(lambda: not self._taken and not (behind and self._waiting))
+                while self._taken or (behind and self._waiting):
+                    if stop():
+                        raise Superseded
+                    self._free.wait(_LOOK)
             finally:
                 self._waiting -= not behind
             self._taken, self._stop, self._behind = True, stop, behind
@@ -93,13 +97,13 @@ class Latest:
     """Of what one person asks for, the last; all before it is out of date."""
 
     def __init__(self) -> None:
-        self._number = 0
+        self._last = object()
 
     def begin(self) -> Callable[[], bool]:
         """Ask for something new; return what says whether it is out of date by now."""
-        self._number += 1
-        own = self._number
-        return lambda: self._number != own
+        own = object()
+        self._last = own  # one step: of several threads exactly one is the last
+        return lambda: self._last is not own
 
 
 def streamed(work: Callable[[Callable[[T], object]], object]) -> Iterator[T]:
