@@ -188,8 +188,9 @@ def test_runs_open_and_what_is_wrong_is_refused(place: Path, mixer: Mixer, tmp_p
     merged = plait.merge({**pair, "sort": tmp_path / "sort"}, out=tmp_path / "merged", base_model=str(place / "base")).folder
     with pytest.raises(RecipeError, match=r"opens as it was made.*these are for adapters: scale"):
         order(place, tasks=False, source=[merged], settings={"scale": 2}).check()
-    with pytest.raises(RecipeError, match=r"these are for adapters: moments"):
-        MixOrder(request=Request([merged], {}, moments=[tmp_path])).check()
+    for moments in ("moments.safetensors", lambda name: {}):
+        with pytest.raises(RecipeError, match=r"these are for adapters: moments\.$"):
+            MixOrder(request=Request([merged], {}, moments=moments)).check()
     (tmp_path / "sort" / "adapter_model.safetensors").write_bytes(b"other")
     with pytest.raises(AdapterError, match="1 of the adapters that it was made of are not what they were"):
         order(place, tasks=False, source=[merged]).check()

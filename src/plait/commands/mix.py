@@ -74,7 +74,7 @@ class MixOrder:
         assert self._run is not None, "asked for of a run alone"
         own = {key: value for key, value in self.request.given.items() if key != "base_model"}
         if own or self.request.sets or self.request.moments is not None:
-            moments = ["moments"] * (self.request.moments is not None)
+            moments = ["moments"] * (self.request.function is not None)  # files of them are among the settings
             given = ", ".join([*own, *(text.partition("=")[0] for text in self.request.sets), *moments])
             raise RecipeError(
                 f"{self._run}: opens as it was made, and its controls can be moved; these are for adapters: {given}."

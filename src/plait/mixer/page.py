@@ -461,7 +461,7 @@ def _with_value(method: str, one: Parameter, params: Mapping[str, Any], value: A
     """Return the parameters with another value of one; a default is not given.
 
     Raises:
-        RecipeError: the text is no YAML.
+        RecipeError: the text is not YAML.
     """
     own = dict(params["values"]) if params["of"] == method else {}
     if one.kind == "text" and value != one.default:
