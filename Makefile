@@ -2,7 +2,7 @@
 # make test    set up and run the tests
 # make test-newest, make test-oldest    what touches other libraries, with their newest and their oldest allowed releases
 # make check   linter, formatter, types
-# make fuzz    damage N files (N=1000), one command each: refused by name, or read rightly
+# make fuzz    damage N files (N=1000), or have the system fail at them, one command each: refused by name, or read rightly
 # make bench   time and memory, side by side with PEFT
 # make package build wheel and source archive in dist/, and check them
 # make site    build the documentation as pages in build/site: strict, links checked

@@ -32,6 +32,7 @@ def copy_of(name: str, make: Callable[[Path], object], folder: Path) -> Path:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not made.exists():
             draft = _folder / f"{name}.draft"
+            shutil.rmtree(draft, ignore_errors=True)  # left by a process that failed or was killed there
             make(draft)
             draft.rename(made)
     shutil.copytree(made, folder, dirs_exist_ok=True)

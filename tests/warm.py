@@ -53,6 +53,7 @@ def _server() -> tuple[Path, socket.socket, subprocess.Popen[bytes] | None]:
                 keeping.connect(str(path))
                 return path, keeping, process
             if process is None:
+                path.unlink(missing_ok=True)  # of a server that was killed
                 words = [sys.executable, "-m", "tests.warm_server", str(path)]
                 process = subprocess.Popen(words, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
             assert process.poll() is None, "the server of warm interpreters has ended"

@@ -58,7 +58,10 @@ def serve(path: Path) -> None:
             if os.fork() == 0:
                 server.close()
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-                _attend(connection)
+                try:
+                    _attend(connection)
+                finally:
+                    os._exit(1)  # never back into this loop
             connection.close()
             begun = True
     shutil.rmtree(path.parent)
@@ -111,7 +114,7 @@ def _report(connection: socket.socket, pid: int, ended: Event) -> None:
         raise AssertionError("waitid was not asked to return at once")
     ended.set()
     code = -end.si_status if end.si_code in (os.CLD_KILLED, os.CLD_DUMPED) else end.si_status
-    with suppress(BrokenPipeError):
+    with suppress(OSError):  # whoever asked is gone
         connection.sendall(f"ended {code}\n".encode())
     os._exit(0)
 
@@ -145,9 +148,13 @@ def _run(order: Mapping[str, Any], connection: socket.socket, files: Sequence[in
         code = 0
     except SystemExit as left:
         code = left.code or 0
+        if not isinstance(code, int):
+            sys.stderr.write(f"{code}\n")
+            code = 1
     except BaseException:
         traceback.print_exc()
     sys.stdout.flush()
+    sys.stderr.flush()
     os._exit(code)
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import jiwer
 import pytest
 import torch
+import transformers
 import yaml
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import (
@@ -40,6 +42,7 @@ from plait.tasks.answers import Answer
 from plait.tasks.examples import read_examples
 from plait.tasks.loading import load_task
 from plait.tasks.metrics import metric_of
+from plait.tasks.normalizing import normalizer
 from plait.tasks.sounds import samples
 from plait.training.data import training_problem
 from tests.command_line import exit_code
@@ -213,7 +216,9 @@ def test_every_side_writes_what_transformers_writes(world: World, tmp_path: Path
     given = [*world.adapters().values(), "--weights", "0.5,0.5", "--tasks", tmp_path / "one.yaml", tmp_path / "two.yaml"]
     options = ["--base-id", world.base(), "--workspace", tmp_path / "work", "--batch-size", "3"]
     assert exit_code("eval", *given, *options) == 0
-    assert "transcripts reach max_new_tokens" in " ".join(capsys.readouterr().err.split())
+    said = " ".join(capsys.readouterr().err.split())
+    cut = re.findall(r"task '(\w+)': (\w+): \d of \d transcripts reach max_new_tokens", said)
+    assert len(set(cut)) == len(cut) > len(set(task for task, _ in cut)), "each side is announced, once"
     kept = [json.loads(f.read_text()) for f in (tmp_path / "work" / ".scores").glob("*.json")]
     results = json.loads(next((tmp_path / "work").rglob("eval_results_*.json")).read_text())["tasks"]
     for result in results:
@@ -305,6 +310,12 @@ def test_other_models_write_as_by_their_generate(world: World, tmp_path: Path, k
     (tmp_path / "t0.wav").write_bytes(sound(0, (fewest - 1) / RATE))
     with pytest.raises(TaskError, match=f"1 of 3 sounds are shorter than the {fewest} samples"):
         transcripts(model, letters, extractor, read_examples(task, "test"), task.ask, batch_size=2)
+    places = getattr(model.config, "decoder", model.config).max_position_embeddings
+    (tmp_path / "t0.wav").write_bytes(sound(0, 0.2))
+    task = load_task(write(tmp_path, "t", ["a"] * 3, max_new_tokens=places))
+    why = f"max_new_tokens is {places}, but the decoder has {places} places, of which the beginning leaves {places - 1}"
+    with pytest.raises(TaskError, match=why):
+        transcripts(model, letters, extractor, read_examples(task, "test"), task.ask, batch_size=2)
 
 
 SPELLINGS = {"colour": "color"}
@@ -327,6 +338,21 @@ def test_errors_are_counted_over_all_words(tmp_path: Path, normalize: Any, pairs
     answers = [Answer(id=str(i), target=target, given=given) for i, (target, given) in enumerate(pairs)]
     assert metric.value(answers) == pytest.approx(errors)
     assert not metric.higher_is_better
+
+
+def test_spellings_are_those_that_the_file_holds_now(tmp_path: Path) -> None:
+    file = tmp_path / "normalizer.json"
+    task = load_task(write(tmp_path, "t", ["x"], normalize="whisper_english", spellings="normalizer.json"))
+    seen = []
+    for spellings in ({"colour": "color"}, {"colour": "hue"}):
+        file.write_text(json.dumps(spellings))
+        seen.append((normalizer(["whisper_english"], str(file))("colour"), str(task.own_digest())))
+    assert [word for word, _ in seen] == ["color", "hue"]
+    assert seen[0][1] != seen[1][1]
+    assert f"'transformers': '{transformers.__version__}'" in seen[0][1]
+    file.write_text('{"colour": ["color"]}')
+    with pytest.raises(TaskError, match=r"must be a mapping of words to words, .* got a list for a word"):
+        normalizer(["whisper_english"], str(file))
 
 
 def test_characters_are_counted_too(tmp_path: Path) -> None:

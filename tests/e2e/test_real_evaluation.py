@@ -17,11 +17,11 @@ def test_the_demos_adapters_know_their_tasks():
         density=0.2,
         scale=2,
         tasks=[DEMO / "tasks" / f"{name}.yaml" for name in TASKS],
-        subset=5,
+        subset=8,
         base=base_model(),
         workspace=None,
     )
-    assert [t.examples for t in found.tasks] == [5, 5, 5]
+    assert [t.examples for t in found.tasks] == [8, 8, 8]
     for task in found.tasks:
         assert task.single >= 0.8, "as they were trained: prompt, labels and adapter belong together"
         assert task.single > task.base

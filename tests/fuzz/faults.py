@@ -20,7 +20,7 @@ _REFUSED = (errno.EACCES, errno.EIO, errno.ESTALE, errno.EMFILE)
 
 
 @contextlib.contextmanager
-def failing(chosen: random.Random, target: Path, out: str | None) -> Iterator[tuple[str, Path]]:
+def failing(chosen: random.Random, target: Path, out: Path | None) -> Iterator[tuple[str, Path]]:
     """Let the system fail in the block.
 
     Args:
@@ -35,10 +35,10 @@ def failing(chosen: random.Random, target: Path, out: str | None) -> Iterator[tu
     if kind == "full":
         most = chosen.choice([0, 100, 1000, 10_000])
         with _no_file_beyond(most):
-            yield f"no file may have more than {most} bytes", target.with_name(out or "")
+            yield f"no file may have more than {most} bytes", out or target
     elif kind == "flush":
         with mock.patch("os.fsync", _raising(errno.EIO, "")):
-            yield "nothing can be flushed", target.with_name(out or "")
+            yield "nothing can be flushed", out or target
     else:
         number, times = chosen.choice(_REFUSED), chosen.choice([0, 0, 1, 2, 4])
         with _Watched(target, kind, number, times).watching():
@@ -82,7 +82,7 @@ class _Watched:
             yield
 
     def _is_meant(self, path: Any) -> bool:
-        return isinstance(path, (str, os.PathLike)) and os.path.abspath(os.fspath(path)) == self._place  # noqa: PTH100
+        return isinstance(path, (str, os.PathLike)) and os.path.realpath(os.fspath(path)) == self._place
 
     def _is_due(self, path: Any) -> bool:
         self._left -= self._is_meant(path)
@@ -110,7 +110,10 @@ class _Watched:
 
     def _io_open(self, path: Any, mode: str = "r", *more: Any, **others: Any) -> Any:
         if not self._is_meant(path) or set(mode) & set("wax+"):
-            return self._real["io"](path, mode, *more, **others)
+            file = self._real["io"](path, mode, *more, **others)
+            if not isinstance(path, int):
+                self._swapped.discard(file.fileno())  # the number may have been that of one that is closed
+            return file
         handle = self._open(path, os.O_RDONLY | os.O_CLOEXEC)
         return self._real["io"](handle, mode, *more, **others)
 

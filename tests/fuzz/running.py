@@ -35,6 +35,7 @@ _NAMELESS = "a refusal that names no file"
 _AT = re.compile(
     r"model\.layers\.|(weights|method|output|transforms)\.|the weights or the scale|there is no folder|GB are needed"
 )
+_UNWRITTEN = re.compile(r"\bs?ws/\S+ cannot be written")
 LIMIT = 60  # seconds of one command: a busy machine is slow
 _MOST_MEMORY = 1 << 30  # bytes that one command may add to the largest size of the process
 _LEFTOVERS = re.compile(r"(^|/)\.(?!out\.baking|scores|index\.json\.lock)[^/]*(staging|baking|tmp|old)")
@@ -97,7 +98,7 @@ def attempt(seed: int, world: Path, scratch: Path) -> Outcome:
     target = chosen.choice(sorted(scratch.glob(chosen.choice(command.files))))
     before = _names(scratch)
     fault = chosen.random() < _FAULTS
-    out = command.words[command.words.index("-o") + 1] if "-o" in command.words else None
+    out = scratch / command.words[command.words.index("-o") + 1] if "-o" in command.words else None
     with contextlib.ExitStack() as stack:
         if fault:
             change, place = stack.enter_context(failing(chosen, target, out))
@@ -110,7 +111,7 @@ def attempt(seed: int, world: Path, scratch: Path) -> Outcome:
     finding = judge(command, scratch, place, code, shown, before)
     if finding == _NAMELESS and (change.startswith("values") or target.suffix in (".yaml", ".json")) and _AT.search(shown):
         finding = None  # numbers that can be read, and lead to a result that cannot be written
-    if finding == _NAMELESS and place != target and "cannot be written" in shown:
+    if finding == _NAMELESS and place != target and _UNWRITTEN.search(shown):
         finding = None  # nor can what the command writes elsewhere, such as a workspace
     if finding is None and code in (0, None) and command.exact:
         finding = _compare(command, world if fault else scratch, world, scratch / "out")
@@ -153,8 +154,9 @@ def judge(command: Command, folder: Path, target: Path, code: int | str | None, 
             return None
         named = target.suffix == ".yaml" or target.name in command.words  # tasks and adapters are spoken of by their names
         stem = [target.stem] if named else []
-        here = {target.name, target.parent.name, str(target.relative_to(folder)), *stem}
-        return None if any(name in shown for name in here) else _NAMELESS
+        above = [target.parent.name] if target.parent != folder else []
+        here = {target.name, str(target.relative_to(folder)), *above, *stem}
+        return None if any(re.search(rf"(?<![\w-]){re.escape(name)}(?![\w-])", shown) for name in here) else _NAMELESS
     return None
 
 

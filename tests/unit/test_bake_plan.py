@@ -270,9 +270,23 @@ def test_everything_goes_along_but_weights_and_cards(base, adapter, tmp_path):
     for name in ("generation_config.json", "modeling_x.py", "LICENSE", "chat_template.jinja"):
         assert texts[name] == f'{{"{name}": "of the base"}}'
     assert texts["tokenizer.json"] == '{"of": "the adapter"}'
-    assert (result.folder / "additional_chat_templates" / "tool_use.jinja").read_text() == "{{ tools }}"
     assert "not wanted" not in texts.values()
     assert any("the tokenizer is that of " in note for note in result.plan.notes)
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_further_chat_templates_go_with_the_tokenizer(base, adapter, tmp_path, replaced):
+    for folder, word in ((base, "base"), (adapter, "adapter")) if replaced else ((base, "base"),):
+        (folder / "additional_chat_templates").mkdir()
+        (folder / "tokenizer.json").write_text(f'{{"of": "{word}"}}')
+        for name in ("common", word):
+            (folder / "additional_chat_templates" / f"{name}.jinja").write_text(word)
+    result = plait.bake([adapter], base=base, out=tmp_path / "out")
+    found = {p.name: p.read_text() for p in (result.folder / "additional_chat_templates").iterdir()}
+    owner = "adapter" if replaced else "base"
+    assert found == dict.fromkeys(("common.jinja", f"{owner}.jinja"), owner)
+    lost = "does not have are not carried: additional_chat_templates/base.jinja"
+    assert any(lost in note for note in result.plan.notes) == replaced
 
 
 def test_tokenizers_that_differ_leave_the_bases(base, tmp_path):

@@ -103,10 +103,14 @@ def gather_auxiliary_files(
     files = {p.name: p for p in _copied(checkpoint.folder) if not _matches(p.name, (*_WEIGHTS, *_OWN))}
     files |= _further_templates(checkpoint.folder)
     own = [a for a in inventory.adapters if not a.is_one_file]
-    brought = {a.name: {p.name: p for p in _copied(a.folder) if _matches(p.name, _TOKENIZER)} for a in own}
-    _check_contained([*files.values(), *(path for each in brought.values() for path in each.values())])
+    brought = {
+        a.name: {p.name: p for p in _copied(a.folder) if _matches(p.name, _TOKENIZER)} | _further_templates(a.folder)
+        for a in own
+    }
+    _check_contained([(checkpoint.folder, files), *((a.folder, brought[a.name]) for a in own)])
+    tokenizer, left, notes = _tokenizer(brought, files)
+    files = {name: path for name, path in files.items() if name not in left}
     described = dict.fromkeys(files, "base")
-    tokenizer, notes = _tokenizer(brought, files)
     files |= {name: path for name, (_, path) in tokenizer.items()}
     described |= {name: f"adapter {owner}" for name, (owner, _) in tokenizer.items()}
     _check_json(files.values())
@@ -136,7 +140,7 @@ def _of_pipeline(checkpoint: BaseCheckpoint, form: PipelineFolder, placement: Pl
             top += [name] if is_weight_file(name) else []
             continue
         files[name] = form.folder / name
-    _check_contained(list(files.values()))
+    _check_contained([(form.folder, files)])
     _check_json(files.values())
     texts = {}
     for part in form.sets if dtype is not None else ():
@@ -165,33 +169,25 @@ def _copied(folder: Path) -> list[Path]:
 
 
 def _further_templates(folder: Path) -> dict[str, Path]:
-    """Return the chat templates that transformers reads besides the first, by their names in the model's folder.
-
-    Raises:
-        AdapterError: one is not a file of the folder.
-    """
-    place = folder / _TEMPLATES
-    found = {f"{_TEMPLATES}/{p.name}": p for p in sorted(place.glob("*.jinja")) if not file_name_problem(p.name)}
-    problems = []
-    for name in found:
-        try:
-            file_in(folder, name)
-        except OSError as error:
-            problems.append(f"{folder / name}: {error.strerror or error}. Put the file itself there, or delete it.")
-    collect(AdapterError, problems, "files that must be copied cannot be read")
-    return found
+    """Return the chat templates that transformers reads besides the first, by their names in its folder."""
+    found = sorted((folder / _TEMPLATES).glob("*.jinja"))
+    return {f"{_TEMPLATES}/{p.name}": p for p in found if not file_name_problem(p.name)}
 
 
-def _check_contained(paths: Sequence[Path]) -> None:
+def _check_contained(found: Iterable[tuple[Path, Mapping[str, Path]]]) -> None:
     """Refuse what is not a file of its folder: a result holds copies, and may be published.
+
+    Args:
+        found: folders, and name there → file.
 
     Raises:
         AdapterError: with all of them.
     """
     problems = []
-    for path in paths:
+    for folder, name, path in ((folder, name, path) for folder, files in found for name, path in files.items()):
         try:
-            file_in(path.parent, path.name)
+            file_in(folder, name)
+            file_in(path.parent, path.name)  # as it is opened
         except FileNotFoundError:
             problems.append(f"{path}: a link that leads nowhere. Delete it, or put the file itself there.")
         except OutsideError as error:
@@ -216,9 +212,10 @@ def _check_json(paths: Iterable[Path]) -> None:
 
 def _tokenizer(
     brought: Mapping[str, Mapping[str, Path]], base: Mapping[str, Path]
-) -> tuple[dict[str, tuple[str, Path]], list[str]]:
-    """Return name → (adapter, file) of tokenizer files that are not the base's, and notes.
+) -> tuple[dict[str, tuple[str, Path]], list[str], list[str]]:
+    """Return name → (adapter, file) of tokenizer files that are not the base's; those of the base that go; and notes.
 
+    The base's further templates go with its tokenizer.
     When adapters bring tokenizers that differ from each other, none of them is the merged model's: the base's stays.
     """
     carriers = {name: files for name, files in brought.items() if files}
@@ -227,18 +224,23 @@ def _tokenizer(
         owners = {name: files[file] for name, files in carriers.items() if file in files}
         digests = {_digest(path) for path in owners.values()}
         if len(digests) > 1:
-            return {}, [
+            note = (
                 f"the adapters bring different tokenizers ({file} of {', '.join(owners)}): the base's is kept. To have one of "
                 "theirs, copy its tokenizer files into the result."
-            ]
+            )
+            return {}, [], [note]
         name, path = next(iter(owners.items()))
         if file not in base or _digest(base[file]) not in digests:
             different[file] = (name, path)
-    notes = []
-    if different:
-        owner = next(iter(different.values()))[0]
-        notes.append(f"the tokenizer is that of {owner}; it differs from the base's in {', '.join(different)}.")
-    return different, notes
+    if not different:
+        return {}, [], []
+    owner = next(iter(different.values()))[0]
+    notes = [f"the tokenizer is that of {owner}; it differs from the base's in {', '.join(different)}."]
+    kept = set().union(*carriers.values())
+    left = [name for name in base if name.startswith(f"{_TEMPLATES}/") and name not in kept]
+    if left:
+        notes.append(f"chat templates of the base that {owner} does not have are not carried: {', '.join(left)}.")
+    return different, left, notes
 
 
 def _config(checkpoint: BaseCheckpoint, inventory: Inventory, placement: Placement, dtype: str | None) -> Mapping[str, Any]:

@@ -14,6 +14,7 @@ from typing import Any
 
 from plait.adapters.layouts import Convolution, Layout, module_layout
 from plait.checkpoints.files import architectures, read_config
+from plait.deferred import torch
 from plait.extras import missing_packages
 from plait.hub.pretrained import load_config
 from plait.libraries.transformers import (
@@ -94,7 +95,6 @@ class ArchitectureUnknown(Exception):
 
 def _empty_model(folder: Path, class_name: str | None) -> Any:
     try:
-        import torch
         import transformers
     except ImportError:
         raise ArchitectureUnknown(missing_packages("reading the model's code", {"eval": ["transformers"]})) from None

@@ -186,6 +186,7 @@ class Answerer:
                 processor=readers.processor,
                 batch_size=batch_size,
                 report=lambda done: send((done,)),
+                contender=self._last[1].name,
             )
         return [answer.model_dump(mode="json") for answer in found]
 

@@ -73,7 +73,7 @@ class ScoreCache:
         except TaskError as error:
             reason = str(error).removeprefix(f"{file}: ").rstrip(".")
         except ValueError:
-            reason = "they are none"
+            reason = "it is not a file of answers"
         else:
             if len(found.answers) == count and found.sha256 in (None, found.content):
                 return found

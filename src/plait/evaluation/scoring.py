@@ -45,6 +45,7 @@ def answer_examples(
     processor: Any = None,
     batch_size: int,
     report: StepListener = lambda done: None,
+    contender: str = "the model",
 ) -> list[Answer]:
     """Ask a model everything.
 
@@ -55,6 +56,7 @@ def answer_examples(
         processor: what makes its inputs of images or sounds, where there are some.
         batch_size: prompts at a time; changes the last bits of scores, as every regrouping of sums does.
         report: called with the number of examples finished since it was last called.
+        contender: what the model is called in announcements.
 
     Raises:
         TaskError: the task does not suit the model.
@@ -68,7 +70,7 @@ def answer_examples(
     if any(e.image is not None for e in examples.items):
         return _see(model, tokenizer, processor, examples, batch_size=batch_size, report=report)
     if any(e.audio is not None for e in examples.items):
-        return _hear(model, tokenizer, processor, examples, batch_size=batch_size, report=report)
+        return _hear(model, tokenizer, processor, examples, batch_size=batch_size, report=report, contender=contender)
     others = {name for e in examples.items for name in e.inputs} - {"text", "messages", "second", "words"}
     if others:
         raise TaskError(
@@ -175,11 +177,13 @@ def _see(
 
 
 def _hear(
-    model: Any, tokenizer: Any, processor: Any, examples: Examples, *, batch_size: int, report: StepListener
+    model: Any, tokenizer: Any, processor: Any, examples: Examples, *, batch_size: int, report: StepListener, contender: str
 ) -> list[Answer]:
     match examples.task.ask:
         case Transcribed() as ask:
-            texts = transcripts(model, tokenizer, processor, examples, ask, batch_size=batch_size, report=report)
+            texts = transcripts(
+                model, tokenizer, processor, examples, ask, batch_size=batch_size, report=report, contender=contender
+            )
             return [Answer(id=e.id, target=e.target, given=text) for e, text in zip(examples.items, texts, strict=True)]
         case LabelHead(labels=labels):
             rows = sound_outputs(model, processor, examples, outputs=len(labels), batch_size=batch_size, report=report)

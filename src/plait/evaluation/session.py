@@ -314,6 +314,7 @@ class AnswerSession:
                     processor=readers.processor,
                     batch_size=ask.batch_size,
                     report=self._progress.advance,
+                    contender=ask.candidate.name,
                 )
             except BrokenOutputsError as error:
                 raise BrokenOutputsError(f"{self.live.with_folder(ask.candidate.name)}: {error}") from None

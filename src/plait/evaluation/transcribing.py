@@ -31,6 +31,7 @@ def transcripts(
     *,
     batch_size: int,
     report: StepListener = lambda done: None,
+    contender: str = "the model",
 ) -> list[str]:
     """Return what a model writes down of every sound, without special tokens.
 
@@ -42,6 +43,7 @@ def transcripts(
         ask: how.
         batch_size: sounds at a time.
         report: called with the number of sounds finished since it was last called.
+        contender: what the model is called in announcements.
 
     Raises:
         TaskError: the model writes down no sounds or does not take the options, a sound is too long or too short for it, or its
@@ -59,9 +61,9 @@ def transcripts(
         report(len(batch))
     if cut:
         announce(
-            f"{examples.task.where}: {cut} of {len(found)} transcripts reach max_new_tokens or the end of what the decoder "
-            "writes, and may lack their end; their errors count as they are.",
-            once=f"cut transcripts {examples.task.name}",
+            f"{examples.task.where}: {contender}: {cut} of {len(found)} transcripts reach max_new_tokens or the end of what "
+            "the decoder writes, and may lack their end; their errors count as they are.",
+            once=f"cut transcripts {examples.task.name} {contender}",
         )
     return found
 
@@ -83,7 +85,7 @@ def _way(model: Any, tokenizer: Any, extractor: Any, examples: Examples, ask: Tr
             raise TaskError(f"{where}: 'beams' and 'max_new_tokens' are for models that generate; {name} labels every moment.")
         return _ctc(model, tokenizer, extractor)
     if model.config.is_encoder_decoder and model.can_generate() and library.writes_sounds_down(model.config.model_type):
-        return _decoder(model, tokenizer, ask)
+        return _decoder(model, tokenizer, where, ask)
     raise TaskError(
         f"{where} (asr) asks for transcripts, but {name} writes none; those that do are Whisper, other models of "
         "AutoModelForSpeechSeq2Seq and those with CTC."
@@ -97,10 +99,7 @@ def _whisper(model: Any, tokenizer: Any, where: str, ask: Transcribed, texts: se
     prompts = {"": None} | {text: _prompt(model, tokenizer, where, text) for text in texts}
     limits = {text: places - _WHISPER_LEAD - (0 if ids is None else len(ids)) for text, ids in prompts.items()}
     if (most := min(limits.values())) < (ask.max_new_tokens or 1):
-        raise TaskError(
-            f"{where}: max_new_tokens is {ask.max_new_tokens}, but the decoder has {places} places, of which the beginning and "
-            f"'prompt' leave {most}."
-        )
+        raise _too_long(where, ask, places, "the beginning and 'prompt' leave", most)
     frames = 2 * int(model.config.max_source_positions)  # the second convolution halves them
 
     def write(given: Tensor, text: str) -> tuple[list[str], int]:
@@ -116,6 +115,11 @@ def _whisper(model: Any, tokenizer: Any, where: str, ask: Transcribed, texts: se
         return tokenizer.batch_decode(out, skip_special_tokens=True), sum(length >= limit for length in lengths)
 
     return write
+
+
+def _too_long(where: str, ask: Transcribed, places: int, taken: str, left: int) -> TaskError:
+    asked = "" if ask.max_new_tokens is None else f"max_new_tokens is {ask.max_new_tokens}, but "
+    return TaskError(f"{where}: {asked}the decoder has {places} places, of which {taken} {left}.")
 
 
 def _spoken(model: Any, where: str, ask: Transcribed) -> dict[str, Any]:
@@ -165,13 +169,15 @@ def _ctc(model: Any, tokenizer: Any, extractor: Any) -> _Writer:
     return write
 
 
-def _decoder(model: Any, tokenizer: Any, ask: Transcribed) -> _Writer:
+def _decoder(model: Any, tokenizer: Any, where: str, ask: Transcribed) -> _Writer:
     """Return what writes down a batch by a decoder; of its own settings the first and the end tokens count."""
     config = getattr(model.config, "decoder", model.config)
     places = getattr(config, "max_target_positions", None) or getattr(config, "max_position_embeddings", None)
     limit = ask.max_new_tokens or (places and int(places) - 1)
     if limit is None:
-        raise TaskError(f"{type(model).__name__} does not say how much its decoder writes; give 'max_new_tokens' in the task.")
+        raise TaskError(f"{where}: {type(model).__name__} does not say how much its decoder writes; give 'max_new_tokens'.")
+    if places and limit >= int(places):
+        raise _too_long(where, ask, int(places), "the beginning leaves", int(places) - 1)
     ends = end_tokens(model, tokenizer)
     own = {
         "decoder_start_token_id": decoder_start(model),

@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeAlias
 from plait.errors import TaskError
 from plait.extras import optional
 from plait.notices import announce
-from plait.parsing import parse_json, read_text
+from plait.parsing import kind_of, parse_json, read_text
 
 Normalization = Literal["lower", "punctuation", "whitespace"]
 SpeechNormalization = Literal["lower", "punctuation", "whitespace", "whisper_basic", "whisper_english"]
@@ -32,12 +32,19 @@ def normalizer(steps: Sequence[SpeechNormalization], spellings: str | None = Non
         MissingPackageError: transformers is not installed, which Whisper's are taken from.
         TaskError: the file cannot be read.
     """
-    return _normalizer(tuple(steps), spellings)
+    if "whisper_english" in steps and spellings is None:
+        announce(
+            "normalize: whisper_english leaves British and American spellings different without 'spellings', the file "
+            "normalizer.json of a Whisper model.",
+            once="no spellings",
+        )
+    return _normalizer(tuple(steps), spellings, None if spellings is None else read_text(Path(spellings), TaskError))
 
 
 @cache
-def _normalizer(steps: tuple[SpeechNormalization, ...], spellings: str | None) -> Normalizer:
-    whisper = _whisper(steps, spellings)
+def _normalizer(steps: tuple[SpeechNormalization, ...], spellings: str | None, text: str | None) -> Normalizer:
+    """Return it by what the file holds, which may be another one at the next call."""
+    whisper = _whisper(steps, {} if spellings is None or text is None else _spellings(spellings, text))
 
     def clean(text: str) -> str:
         if whisper is not None:
@@ -53,20 +60,14 @@ def _normalizer(steps: tuple[SpeechNormalization, ...], spellings: str | None) -
     return clean
 
 
-def _whisper(steps: tuple[SpeechNormalization, ...], spellings: str | None) -> Normalizer | None:
+def _whisper(steps: tuple[SpeechNormalization, ...], spellings: dict[str, str]) -> Normalizer | None:
     if not {"whisper_basic", "whisper_english"}.intersection(steps):
         return None
     library: Any = optional("transformers.models.whisper.english_normalizer", "eval", "Whisper's normalizers")
     if "whisper_basic" in steps:
         found: Normalizer = library.BasicTextNormalizer()
     else:
-        if spellings is None:
-            announce(
-                "normalize: whisper_english leaves British and American spellings different without 'spellings', the file "
-                "normalizer.json of a Whisper model.",
-                once="no spellings",
-            )
-        found = library.EnglishTextNormalizer({} if spellings is None else read_spellings(Path(spellings)))
+        found = library.EnglishTextNormalizer(spellings)
     return found
 
 
@@ -76,9 +77,17 @@ def read_spellings(file: Path) -> dict[str, str]:
     Raises:
         TaskError: the file cannot be read, or is something else.
     """
-    data = parse_json(read_text(file, TaskError), str(file), TaskError)
-    if not isinstance(data, dict) or not all(isinstance(value, str) for value in data.values()):
-        raise TaskError(f"spellings: {file}: it must be a mapping of words to words, as normalizer.json of a Whisper model.")
+    return _spellings(str(file), read_text(file, TaskError))
+
+
+def _spellings(file: str, text: str) -> dict[str, str]:
+    data = parse_json(text, file, TaskError)
+    wrong = [data] if not isinstance(data, dict) else [value for value in data.values() if not isinstance(value, str)]
+    if wrong:
+        raise TaskError(
+            f"spellings: {file}: must be a mapping of words to words, as normalizer.json of a Whisper model, got "
+            f"{kind_of(wrong[0])}{' for a word' if isinstance(data, dict) else ''}."
+        )
     return data
 
 

@@ -50,7 +50,7 @@ def copy_range(source: int, start: int, target: int, position: int, count: int, 
         advance: called with the size of every chunk.
 
     Raises:
-        SourceError: the source ends early or cannot be read.
+        CopySourceError: the source ends early or cannot be read.
     """
     kernel = hasattr(os, "copy_file_range")
     if not kernel:

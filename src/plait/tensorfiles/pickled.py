@@ -16,16 +16,14 @@ import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 
+from plait.deferred import Tensor, torch
 from plait.errors import AdapterError, collect
 from plait.parsing import kind_of, open_bytes, pointer_problem, shown
 from plait.tensorfiles.header import BITS, TensorInfo, is_countable, state_of
 from plait.tensorfiles.opcodes import FunctionCall, GlobalName, PersistentReference, Pickle, PickleError, read_pickle
 from plait.tensorfiles.reader import TensorFile
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 _MAGIC = 0x1950A86A20F9469CFC6C  # at the beginning of files from before torch 1.6
 _PROTOCOL = 1001
@@ -101,8 +99,6 @@ class PickleFile(TensorFile):
         """Return one tensor, in memory of its own."""
         if self.is_in_order(name):
             return super().read(name)
-        import torch
-
         view = self._views[name]
         values = self._values(name, view.place, view.extent * (BITS[view.info.dtype] // 8))
         return values.as_strided(view.info.shape, view.stride).clone(memory_format=torch.contiguous_format)

@@ -33,7 +33,7 @@ class TensorFile:
     Attributes:
         path: of the file.
         tensors: name → shape, dtype and place.
-        state: of the file when its header was read; values are read of no other.
+        state: of the file when its header was read, and values are read of no other; None where they are not bytes of it.
 
     Raises:
         AdapterError: there is no such file, or it is not of the format.
@@ -46,7 +46,7 @@ class TensorFile:
 
     path: Path
     tensors: Mapping[str, TensorInfo]
-    state: FileState
+    state: FileState | None = None
 
     def __init__(self, path: Path) -> None:
         raise NotImplementedError

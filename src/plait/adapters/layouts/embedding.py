@@ -29,5 +29,5 @@ class Embedding(Layout):
 
     @classmethod
     def of_module(cls, module: Any) -> Self | None:
-        """Return the layout of factors on an `torch.nn.Embedding`."""
+        """Return the layout of factors on a `torch.nn.Embedding`."""
         return cls(module.embedding_dim, module.num_embeddings) if isinstance(module, torch.nn.Embedding) else None

@@ -24,7 +24,7 @@ class Linear(Layout):
 
     @classmethod
     def of_module(cls, module: Any) -> Self | None:
-        """Return the layout of factors on an `torch.nn.Linear`."""
+        """Return the layout of factors on a `torch.nn.Linear`."""
         return cls(module.out_features, module.in_features) if isinstance(module, torch.nn.Linear) else None
 
     def is_transposed(self, target: str, *, stored: tuple[int, ...] | None, conv1d: bool | None, flag: bool) -> bool:

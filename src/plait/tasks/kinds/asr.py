@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -88,9 +89,10 @@ class Asr(HeardTask):
         check_reference(target, normalizer(self.normalize, self.spellings), self.metric, self.where)
 
     def own_digest(self) -> Mapping[str, Any]:
-        """Return what scores depend on besides the fields and the examples: what decodes sounds, and the spellings."""
+        """Return what scores depend on besides the fields and the examples: what decodes sounds, and normalizes texts."""
         spellings = None if self.spellings is None else content_digest(read_spellings(Path(self.spellings)))
-        return {**super().own_digest(), "spellings": spellings}
+        whisper = {"transformers": version("transformers")} if _OWN.intersection(self.normalize) else {}
+        return {**super().own_digest(), "spellings": spellings, **whisper}
 
 
 def _with_text(sound: Inputs | TaskError, text: str | TaskError) -> Inputs | TaskError:
