@@ -216,8 +216,8 @@ def test_every_side_writes_what_transformers_writes(world: World, tmp_path: Path
     given = [*world.adapters().values(), "--weights", "0.5,0.5", "--tasks", tmp_path / "one.yaml", tmp_path / "two.yaml"]
     options = ["--base-id", world.base(), "--workspace", tmp_path / "work", "--batch-size", "3"]
     assert exit_code("eval", *given, *options) == 0
-    said = " ".join(capsys.readouterr().err.split())
-    cut = re.findall(r"task '(\w+)': (\w+): \d of \d transcripts reach max_new_tokens", said)
+    printed = " ".join(capsys.readouterr().err.split())
+    cut = re.findall(r"task '(\w+)': (\w+): \d of \d transcripts reach max_new_tokens", printed)
     assert len(set(cut)) == len(cut) > len(set(task for task, _ in cut)), "each side is announced, once"
     kept = [json.loads(f.read_text()) for f in (tmp_path / "work" / ".scores").glob("*.json")]
     results = json.loads(next((tmp_path / "work").rglob("eval_results_*.json")).read_text())["tasks"]

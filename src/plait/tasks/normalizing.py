@@ -82,13 +82,15 @@ def read_spellings(file: Path) -> dict[str, str]:
 
 def _spellings(file: str, text: str) -> dict[str, str]:
     data = parse_json(text, file, TaskError)
-    wrong = [data] if not isinstance(data, dict) else [value for value in data.values() if not isinstance(value, str)]
-    if wrong:
-        raise TaskError(
-            f"spellings: {file}: must be a mapping of words to words, as normalizer.json of a Whisper model, got "
-            f"{kind_of(wrong[0])}{' for a word' if isinstance(data, dict) else ''}."
-        )
-    return data
+    if not isinstance(data, dict):
+        got = kind_of(data)
+    elif wrong := [value for value in data.values() if not isinstance(value, str)]:
+        got = f"{kind_of(wrong[0])} for a word"
+    else:
+        return data
+    raise TaskError(
+        f"spellings: {file}: must be a mapping of words to words, as normalizer.json of a Whisper model, got {got}."
+    )
 
 
 def check_reference(target: str, clean: Normalizer, metric: str, where: str) -> None:
