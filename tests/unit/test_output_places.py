@@ -444,9 +444,16 @@ def test_a_folder_that_was_there_stays_and_the_error_is_the_blocks(tmp_path):
     with pytest.raises(OutputError, match="full"), _study_folder(mine):
         raise OutputError("full")
     assert list(mine.iterdir()) == []
-    with pytest.raises(OutputError, match="full"), _study_folder(mine):
-        shutil.rmtree(mine)
-        raise OutputError("full")
+
+
+def test_a_folder_that_is_gone_hides_no_error(tmp_path):
+    def lose() -> None:
+        with _study_folder(tmp_path / "lost"):
+            shutil.rmtree(tmp_path / "lost")
+            raise OutputError("full")
+
+    with pytest.raises(OutputError, match="full"):
+        lose()
 
 
 def test_a_failure_that_names_no_file_and_is_not_a_disks_is_not_the_outputs(tmp_path):
