@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from collections.abc import Callable
@@ -207,7 +208,7 @@ def test_a_training_with_a_node_lost_continues_from_its_checkpoint(
 
     def receive_and_lose(part: Progress, call: Any) -> None:
         receive(part, call)
-        begun = {file.parents[1] for file in Path("out").rglob("trainer_state.json")}
+        begun = {Path(place).parent for place, _, files in os.walk("out") if "trainer_state.json" in files}
         if nodes.both and len(begun) == 2:
             nodes.lose()
 

@@ -219,6 +219,8 @@ def _run(arguments: list[str], asked: Collection[str]) -> int:
         traceback.print_exc()  # a bug in plait: print what a report needs
         typer.echo(f"\nThis is a bug in plait {__version__}: {type(error).__name__}. Please report the lines above.", err=True)
         return 1
+    finally:
+        VERBOSITY.quiet = False
     return 0
 
 
