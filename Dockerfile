@@ -1,7 +1,7 @@
 # plait on a processor, with the demo's base model in it; `docker run plait` runs the demo without a network.
 #   docker build -t plait .
 #   docker run --rm plait
-#   docker run --rm --user "$(id -u)" -v "$PWD:/work" plait plait merge ./a ./b -o merged
+#   docker run --rm --user "$(id -u)" -v "$PWD:/data" plait plait merge ./a ./b -o merged
 FROM python:3.12-slim
 
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1 PYTHONUNBUFFERED=1 OMP_WAIT_POLICY=PASSIVE
@@ -18,8 +18,8 @@ COPY examples examples
 
 # any user of the machine may run it: --user "$(id -u)"
 ENV HOME=/home/plait
-RUN mkdir -p /work /home/plait && chmod a+rwx /work /home/plait \
+RUN mkdir -p /data /home/plait && chmod a+rwx /data /home/plait \
     && python -c "import sys; sys.path.insert(0, 'examples/demo'); import base_model; print(base_model.base_model())" \
     && chmod -R a+rwX /home/plait
-WORKDIR /work
-CMD ["python", "/plait/examples/demo/demo.py", "--out", "/work/out/demo-merge"]
+WORKDIR /data
+CMD ["python", "/plait/examples/demo/demo.py", "--out", "/data/out/demo-merge"]

@@ -17,7 +17,8 @@ import re
 import sys
 import textwrap
 import tomllib
-from itertools import product
+from collections.abc import Sequence
+from itertools import chain, product
 from pathlib import Path
 from typing import Any
 
@@ -178,21 +179,38 @@ def settings() -> str:
     lines = [_SETTINGS_HEAD, "MethodName = Literal["]
     lines += [f'    "{name}",' for name in METHODS]
     lines.append("]")
-    for name, (about, above) in _KEYWORDS.items():
-        lines += ["", "", f"class {name}(TypedDict, total=False):", f'    """{about}"""', ""]
-        for key, kind in _BY_HAND.get(name, {}).items():
-            lines += [
-                f"    {key}: {kind}",
-                *_field_text(Recipe.model_fields[key].description or f"Keys of a recipe's `{key}`."),
-            ]
-        taken = {*_BY_HAND.get(name, {}), *_LEFT_OUT.get(name, ())}
-        for head, about_key in product(above, recipe_keys()):
-            key = about_key["path"].removeprefix(head)
-            is_here = about_key["path"].startswith(head) and "." not in key
-            if is_here and key not in taken and not keyword.iskeyword(key):
-                taken.add(key)
-                lines += [f"    {key}: {_type(about_key['allowed'])}", *_field_text(about_key["description"])]
+    fields = {name: _fields(name, above) for name, (_, above) in _KEYWORDS.items()}
+    first, second = (fields[name] for name in _ALIKE)
+    shared = {key: text for key, text in first.items() if second.get(key) == text}
+    lines += _class("RecipeSettings(TypedDict, total=False)", "Keywords of all that makes a merge.", shared)
+    for name, (about, _) in _KEYWORDS.items():
+        base = "RecipeSettings" if name in _ALIKE else "TypedDict"
+        own = {key: text for key, text in fields[name].items() if base == "TypedDict" or key not in shared}
+        lines += _class(f"{name}({base}, total=False)", about, own)
     return "\n".join(lines) + "\n"
+
+
+_ALIKE = ("MergeSettings", "BakeSettings")
+
+
+def _class(head: str, about: str, fields: dict[str, list[str]]) -> list[str]:
+    return ["", "", f"class {head}:", f'    """{about}"""', "", *chain.from_iterable(fields.values())]
+
+
+def _fields(name: str, above: Sequence[str]) -> dict[str, list[str]]:
+    """Return keyword → its lines, of a class of keywords."""
+    found = {}
+    for key, kind in _BY_HAND.get(name, {}).items():
+        text = Recipe.model_fields[key].description or f"Keys of a recipe's `{key}`."
+        found[key] = [f"    {key}: {kind}", *_field_text(text)]
+    taken = {*found, *_LEFT_OUT.get(name, ())}
+    for head, about_key in product(above, recipe_keys()):
+        key = about_key["path"].removeprefix(head)
+        is_here = about_key["path"].startswith(head) and "." not in key
+        if is_here and key not in taken and not keyword.iskeyword(key):
+            taken.add(key)
+            found[key] = [f"    {key}: {_type(about_key['allowed'])}", *_field_text(about_key["description"])]
+    return found
 
 
 def _field_text(text: str) -> list[str]:

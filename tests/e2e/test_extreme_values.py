@@ -62,6 +62,18 @@ def test_a_sum_is_the_sum_of_the_deltas(tmp_path, settings, rank):
     assert printed == (rank == 3), "what is only put side by side needs no squares"
 
 
+@pytest.mark.parametrize("settings", [{"b": 1e30}, {"b": 1e-30}])
+def test_a_sum_of_more_directions_than_the_matrix_has_is_the_sum(tmp_path, settings):
+    """It is brought to the matrix's rank by an SVD, which squares, though nothing of it is left out."""
+    names = [adapter(tmp_path / f"odd{seed}", seed, **settings).name for seed in (1, 2, 3, 4)]
+    result = plait.merge(names, out="out", method="linear")
+    ours, *theirs = (deltas(tmp_path / n) for n in ("out", *names))
+    for module, delta in ours.items():
+        whole = sum(one[module] for one in theirs)
+        assert (delta - whole).norm() <= 1e-5 * whole.norm()
+    assert any("computed in float64" in note for note in result.record.notes)
+
+
 @pytest.mark.parametrize("method", ["sce", "pcb", "tsv", "iso_c", "ties"])
 def test_a_method_gives_what_it_gives_for_the_same_numbers_of_ordinary_size(tmp_path, method):
     for name, size in (("a", 1e30), ("b", 1e30), ("x", 1.0), ("y", 1.0)):

@@ -11,7 +11,8 @@ import pytest
 import torch
 import yaml
 
-from plait.errors import RecipeError
+from plait.commands.sft import SftOrder
+from plait.errors import PlaitError, RecipeError
 from plait.results import disk
 from plait.training.arguments import job_of, read_flags, read_keywords
 from plait.training.sft import plan_sft
@@ -122,6 +123,11 @@ def test_unknown_flags_and_wrong_values(tmp_path):
     (tmp_path / "bad.yaml").write_text("learning_rat: 1\n")
     with pytest.raises(RecipeError, match=r"--learning_rat: there is no such flag. Did you mean '--learning_rate'\?"):
         read_flags(["--config", str(tmp_path / "bad.yaml")])
+    config = tmp_path / "web.yaml"
+    config.write_text("model_name_or_path: https://x.y/z\ndataset_name: ./rows.jsonl\n")
+    with pytest.raises(PlaitError, match="is a web address") as refused:
+        SftOrder(["--config", str(config)]).plan()
+    assert refused.value.__notes__ == [f"Flags were also read from --config {config}."]
 
 
 def test_a_dry_run_shows_everything_and_writes_nothing(place, tmp_path, capsys):

@@ -83,10 +83,13 @@ def test_examples_that_need_files_alone_run(tmp_path, monkeypatch) -> None:
         (tmp_path / before).rename(tmp_path / after)
     (tmp_path / "recipe.yaml").write_text("adapters: [./a, ./b]\nmethod: linear\n")
     monkeypatch.chdir(tmp_path)
+    ran = set()
     for name in FILES_ALONE:
         names: dict[str, Any] = {"plait": plait}
         for example in examples(getattr(plait, name)):
             exec(example.replace("rank=4", "rank=1"), names)
+            ran.add(name)
+    assert ran == {*FILES_ALONE}
 
 
 def test_keywords_have_types_that_an_editor_shows() -> None:

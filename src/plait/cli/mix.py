@@ -52,7 +52,7 @@ def mix(
     from plait.hub.pretrained import LoadOptions
 
     order = MixOrder(
-        request=keys.request(inputs if len(inputs) > 1 else [inputs[0]], moments),
+        request=keys.request(inputs, moments),
         eval=keys.of("eval"),
         out=out,
         port=port,

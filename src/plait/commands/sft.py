@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from plait.errors import RecipeError, collect
+from plait.errors import PlaitError, RecipeError, collect
 from plait.results.progress import Progress
 from plait.training.arguments import Flags, read_flags, read_keywords
 from plait.training.sft import SftPlan, SftResult, plan_sft, run_sft
@@ -37,7 +37,12 @@ class SftOrder:
 
     @cached_property
     def _plan(self) -> SftPlan:
-        return plan_sft(self.flags)
+        try:
+            return plan_sft(self.flags)
+        except PlaitError as error:
+            if self.flags.config is not None:
+                error.add_note(f"Flags were also read from --config {self.flags.config}.")
+            raise
 
     def plan(self) -> SftPlan:
         """Return what would be trained and written; trains nothing.

@@ -245,8 +245,9 @@ def _is_side_by_side(inventory: Inventory, plan: MergePlan) -> bool:
     """Whether factors are only put side by side, so that nothing depends on the square of a value."""
     recipe, pipeline = inventory.recipe, pipeline_of(inventory.recipe)
     linear = isinstance(pipeline.combine, LinearCombine) and pipeline.is_linear and recipe.space_name != "factors"
-    is_exact = all(m.rank is not None and m.rank >= m.exact_rank for m in plan.modules) and recipe.output.energy is None
-    return linear and is_exact and not recipe.transforms and inventory.base is None
+    # a sum of more directions than the matrix has is brought to its rank by an SVD, which squares
+    fits = all(m.rank is not None and m.rank >= sum(m.ranks.values()) for m in plan.modules) and recipe.output.energy is None
+    return linear and fits and not recipe.transforms and inventory.base is None
 
 
 def _check_finite(target: str, merged: list[MergedMatrix]) -> list[MergedMatrix]:

@@ -155,7 +155,7 @@ class Mixer:
         folder: Path | None,
         load: LoadOptions,
         *,
-        out: Path = Path("mixes"),
+        out: Path,
         workers: int | None = None,
         progress: Progress | None = None,
     ) -> None:
@@ -208,20 +208,12 @@ class Mixer:
         """The methods that these adapters can be merged with here: without second moments, where the recipe names none."""
         METHODS.load_plugins()
         count, has_moments = len(self.controls.names), self._inventory.moments is not None
-        fitting = []
-        for method in METHODS.values():
-            if method.name != self.controls.start.method and not _fits(method, count, has_moments=has_moments):
-                continue
-            fitting.append(method)
-        return tuple(fitting)
+        own = self.controls.start.method
+        return tuple(m for m in METHODS.values() if m.name == own or _fits(m, count, has_moments=has_moments))
 
     def columns(self) -> tuple[str, ...]:
         """Return who answers: the base, every adapter, the merge."""
         return (*(r.name for r in self._respondents), "merge")
-
-    def is_live(self, setting: Setting) -> bool:
-        """Return whether a change of this setting is a change of coefficients, and nothing is merged."""
-        return self._coefficients(self._of(setting)) is not None
 
     def check(self, setting: Setting) -> None:
         """Refuse a setting that cannot be merged.
@@ -251,7 +243,7 @@ class Mixer:
             report(place, reply.text, reply)
 
     def disagreement(self, setting: Setting, asked: Asked, adapter: str, stop: Stop) -> tuple[TokenView, ...]:
-        """Compare an adapter and the merge at every token of the merge's reply.
+        """Compare an adapter and the merge at every token of the merge's reply, whose text is tokenized again.
 
         Args:
             setting: of the merge.
@@ -265,17 +257,17 @@ class Mixer:
         """
         merge = self._respondent(setting, len(self._respondents))
         single = self._respondent(setting, 1 + self.controls.names.index(adapter))
-        _, prompt = self._reply(merge, asked, stop, lambda text: None)
-        reply = self._tokens(self._reply(merge, asked, stop, lambda text: None)[0].text)
+        found, prompt = self._reply(merge, asked, stop, lambda text: None)
+        reply = self._tokens(found.text)
         if not reply:
             return ()
         live = self._evaluator.session.live
-        found = []
+        both = []
         with self.turns.turn(stop):
             for respondent in (single, merge):
                 with respondent.on(live, {}) as model:
-                    found.append(log_probabilities(model, prompt, reply))
-        return compare(live.tokenizer, reply, *found)
+                    both.append(log_probabilities(model, prompt, reply))
+        return compare(live.tokenizer, reply, *both)
 
     def scores(self, setting: Setting, stop: Stop) -> Iterator[TaskResult]:
         """Score a setting task by task, behind everyone who waits for an answer.
@@ -327,11 +319,10 @@ class Mixer:
         for tried in [setting, *(other for other in others if other.method != setting.method)]:
             recipe = self.controls.recipe_of(tried.model_copy(update={"scale": 1.0}))
             asked = recipe.changed(scale="auto")
-            with self.turns.turn(stop):
-                request = read_for_completion(asked, self._folder, self._load)
-                at = replace(self._inventory, recipe=recipe)
-                mixture = self._evaluator.mixture
-                found = find_values(request, mixture, at, {"scale": 1.0}, self._workers, self.turns)
+            request = read_for_completion(asked, self._folder, self._load)
+            at = replace(self._inventory, recipe=recipe)
+            search = partial(find_values, request, self._evaluator.mixture, at, {"scale": 1.0}, self._workers, self.turns)
+            found = self._behind(search, stop)
             best = tried.model_copy(update={"scale": round(float(found.values["scale"]), 3)})
             results = [*self.scores(best, stop)]
             values = [r.recovery for r in results if r.recovery is not None]
@@ -435,7 +426,7 @@ class Mixer:
             asked.plain or not self.has_chat,
         )
         with self.turns.turn(stop):
-            (answered,) = asking.run(_Heard(self.turns, report))
+            (answered,) = asking.run(_Followed(self.turns, report))
             tokens = tuple(asking.tokens(self._evaluator.mixture.model, asking.read[0]))
         found = answered.replies[respondent.name], tokens
         self._replies.put(key, found)
@@ -447,12 +438,16 @@ class Mixer:
 
     def _scored(self, candidate: Candidate, entry: TaskExamples, stop: Stop) -> TaskResult:
         alone = self._evaluator.session.on([entry], self._evaluator.spec)
+        (result,), _ = self._behind(partial(alone.results, candidate), stop)
+        return result
+
+    def _behind(self, work: Callable[[], T], stop: Stop) -> T:
+        """Return what work in the background returns; it begins again where an answer was waited for."""
         while True:
             try:
                 with self.turns.turn(stop, behind=True):
-                    (result,), _ = alone.results(candidate)
-                    return result
-            except GiveWay:  # what was not finished begins again
+                    return work()
+            except GiveWay:
                 continue
 
 
@@ -478,7 +473,7 @@ class _Recent(Generic[T]):
                 self._values.popitem(last=False)
 
 
-class _Heard:
+class _Followed:
     """Follows one reply, and leaves it where it is not wanted any more."""
 
     def __init__(self, turns: Turns, report: Callable[[str], object]) -> None:
@@ -489,7 +484,7 @@ class _Heard:
         self._report(text)
 
     def replied(self, asked: AskedPrompt) -> None:
-        """Nothing more is heard."""
+        """Do nothing: the complete reply is what the call returns."""
 
 
 def _became_right(entry: TaskExamples, before: Answer, now: Answer) -> bool | None:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from html import escape
 from secrets import token_urlsafe
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import quote
 
 from pydantic import ValidationError
@@ -29,6 +30,8 @@ from plait.mixer.setting import Band, Setting
 from plait.mixer.turns import Latest, Superseded, streamed
 from plait.parsing import shown
 from plait.recipes.overrides import parse_override
+
+T = TypeVar("T")
 
 HOST = "127.0.0.1"
 _PAUSE = 0.1  # seconds between two states of a reply that are shown
@@ -78,7 +81,7 @@ class Page:
         self._mixer, self._controls = mixer, mixer.controls
         self._gr = optional("gradio", "mix", "plait mix")
         self._methods = {method.name: method for method in mixer.methods}
-        self.blocks = self._built()
+        self.blocks = _in_event_loop(self._built)
 
     def setting(self, values: Sequence[Any]) -> Setting:
         """Return what the controls say: method, its parameters, scale, weights, factors of bands.
@@ -150,7 +153,7 @@ class Page:
                     prompt = gr.Textbox(label="Prompt", lines=2, max_lines=8, elem_id="prompt", placeholder="Ask everyone …")
                     asked = [prompt, *self._asking_controls()]
                     ask = gr.Button("Ask", variant="primary", size="md", elem_id="ask")
-                    heard = gr.HTML(elem_id="answers", padding=False)
+                    answers = gr.HTML(elem_id="answers", padding=False)
                     with gr.Accordion("Tokens: where adapter and merge disagree", open=True, elem_id="tokens"):
                         versus = gr.Radio(list(self._controls.names), value=self._controls.names[0], label="Adapter")
                         views = gr.HTML(padding=False)
@@ -160,7 +163,7 @@ class Page:
             quiet: dict[str, Any] = {"show_progress": "hidden"}
             follows = {**quiet, "trigger_mode": "multiple", "concurrency_limit": None}
             everything = [person, versus, *asked, *controls]
-            answering = {"fn": self._answers, "inputs": everything, "outputs": [heard, views], **follows}
+            answering = {"fn": self._answers, "inputs": everything, "outputs": [answers, views], **follows}
             scoring = {"fn": self._scores, "inputs": [person, *controls], "outputs": [bars, flipped], **follows}
             opened = blocks.load(self._opened, [query], [status, redraw, *controls], js="() => window.location.search", **quiet)
             changed = gr.on(
@@ -401,21 +404,24 @@ class Server:
             primary_hue="blue", neutral_hue="slate", font=fonts, font_mono=["ui-monospace", "Consolas", "monospace"]
         )
         try:
-            _, local, public = self._blocks.launch(
-                server_name=HOST,
-                server_port=port,
-                share=share,
-                prevent_thread_lock=True,
-                quiet=True,
-                show_error=True,
-                inline=False,
-                ssr_mode=False,
-                pwa=False,
-                enable_monitoring=False,
-                footer_links=[],
-                theme=theme,
-                css=_CSS,
-                app_kwargs={"middleware": [middleware(Gate, token=token)]},
+            _, local, public = _in_event_loop(
+                partial(
+                    self._blocks.launch,
+                    server_name=HOST,
+                    server_port=port,
+                    share=share,
+                    prevent_thread_lock=True,
+                    quiet=True,
+                    show_error=True,
+                    inline=False,
+                    ssr_mode=False,
+                    pwa=False,
+                    enable_monitoring=False,
+                    footer_links=[],
+                    theme=theme,
+                    css=_CSS,
+                    app_kwargs={"middleware": [middleware(Gate, token=token)]},
+                )
             )
         except OSError as error:
             raise OutputError(f"the page cannot be served at port {port or 'any'}: {error}") from None
@@ -442,6 +448,19 @@ class Server:
     def close(self) -> None:
         """Serve no more."""
         self._blocks.close(verbose=False)
+
+
+def _in_event_loop(work: Callable[[], T]) -> T:
+    """Return what some work returns while an event loop runs: gradio makes one wherever none does, and closes none of them."""
+
+    async def working() -> T:
+        return work()
+
+    try:
+        asyncio.get_running_loop()  # a notebook's
+    except RuntimeError:
+        return asyncio.run(working())
+    return work()
 
 
 def _head(mixer: Mixer) -> str:

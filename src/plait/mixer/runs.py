@@ -10,7 +10,7 @@ from plait.parsing import read_record
 from plait.recipes.loading import build_recipe, read_recipe
 from plait.recipes.problems import Origins
 from plait.recipes.schema import Recipe
-from plait.results.lock import LOCK, read_lock
+from plait.results.lock import LEARNED_RECIPE, LOCK, read_lock
 from plait.verification.inputs import BASE, check_inputs
 from plait.verification.rebuild import located_recipe
 
@@ -48,6 +48,8 @@ def _locked(folder: Path) -> Recipe:
     lock = read_lock(folder)
     if not lock.has_adapters:
         raise RecipeError(f"{folder}: made by `plait {lock.kind}`, which merges nothing. Give adapters, or a merge of some.")
+    if lock.kind == "tune" and LEARNED_RECIPE not in lock.outputs:
+        raise RecipeError(f"{folder}: a tuning of factors, which no weights make again. Give its adapters.")
     checks, found = check_inputs(folder, lock, {})
     if lost := [c for c in checks if c.state != "equal" and c.name in lock.inputs]:
         lines = "\n".join(f"  - {c.name}: {c.detail or c.path}" for c in lost)

@@ -160,8 +160,11 @@ def _(result: Inspection) -> Iterator[dict[str, Any]]:
 def _(result: Inspection) -> Draw:
     if result.comparison is not None:
         return _drawing(result.comparison)
-    norms = [(layer.layer.rpartition(".")[2], layer.norm) for layer in result.adapters[0].layers]
-    return curves_of({result.adapters[0].name: norms}, "layer", "‖ΔW‖")
+    only, towers = result.adapters[0], dict[str, list[tuple[str, float]]]()
+    for layer in only.layers:
+        tower, _, index = layer.layer.rpartition(".")
+        towers.setdefault(f"{only.name}, {tower}", []).append((index, layer.norm))
+    return curves_of(towers, "layer", "‖ΔW‖")
 
 
 @_parts.register(AdapterComparison)

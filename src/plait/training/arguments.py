@@ -65,11 +65,13 @@ class Flags:
         given: name (TRL's, or plait's own) → value.
         trainer: names that belong to `SFTConfig`.
         loading: names that belong to `ModelConfig`.
+        config: the `--config` file that some were read from; None where there is none.
     """
 
     given: Mapping[str, Any]
     trainer: frozenset[str]
     loading: frozenset[str]
+    config: str | None = None
 
     def get(self, name: str, default: Any = None) -> Any:
         """Return a value, or the default where nothing was given."""
@@ -94,15 +96,14 @@ def read_flags(argv: Sequence[str]) -> Flags:
     """
     words = list(argv)
     config: list[str] = []
-    place = "plait sft"
+    path = None
     for i, word in enumerate(words):
         if word == "--config" or word.startswith("--config="):
             path = word.partition("=")[2] or "".join(words[i + 1 : i + 2])
             config = list(_from_file(Path(path)))
-            place = f"plait sft, with {path}"
             del words[i : i + (1 if "=" in word else 2)]
             break
-    return _parsed([*config, *words], place)
+    return _parsed([*config, *words], path)
 
 
 def read_keywords(values: Mapping[str, Any]) -> Flags:
@@ -194,8 +195,9 @@ def _parser() -> FlagParser:
     return parser
 
 
-def _parsed(words: Sequence[str], place: str = "plait sft") -> Flags:
+def _parsed(words: Sequence[str], config: str | None = None) -> Flags:
     parser = _parser()
+    place = "plait sft" if config is None else f"plait sft, with {config}"
     trl = optional("trl", "train", "plait sft")
     try:
         given, rest = parser.parse(words)
@@ -211,7 +213,7 @@ def _parsed(words: Sequence[str], place: str = "plait sft") -> Flags:
         place,
     )
     trainer = frozenset(f.name for f in fields(trl.SFTConfig)) | {"warmup_ratio"}
-    return Flags(given, trainer, frozenset(f.name for f in fields(trl.ModelConfig)))
+    return Flags(given, trainer, frozenset(f.name for f in fields(trl.ModelConfig)), config)
 
 
 def _from_file(path: Path) -> Iterator[str]:
