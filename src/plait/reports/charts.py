@@ -181,9 +181,9 @@ def interference_map(found: Evaluation) -> HeatMap | None:
 
 def confusion_maps(found: Evaluation) -> tuple[HeatMap, ...]:
     """Return, task by task with labels of images or sounds, which label its own adapter and what is evaluated gave."""
-    maps = []
+    maps, judged = [], found.name if found.recipe is None else "the merge"
     for task in found.tasks:
-        sides = {} if task.confusion is None else {"its own adapter": task.confusion.single, found.name: task.confusion.merged}
+        sides = {} if task.confusion is None else {"its own adapter": task.confusion.single, judged: task.confusion.merged}
         for who, counts in sides.items():
             if task.confusion is not None and counts is not None:
                 maps.append(_confusion_map(f"{task.task}, {who}", task.confusion.labels, counts))
