@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from plait.adapters import Adapter
+from plait.inspection import geometry
 from plait.inspection.report import inspect_adapters
-from plait.linalg import blocks
 from tests.inspected import SHAPES, changed, dense, drawing, flat, key, make_cohort, open_linear, write
 
 
@@ -147,7 +147,7 @@ class TestAgainstDense:
 
     def test_the_size_of_a_block_does_not_matter(self, cohort, monkeypatch):
         whole = inspect_adapters(cohort).comparison
-        monkeypatch.setattr(blocks, "MATRIX_BLOCK_ELEMENTS", 97)
+        monkeypatch.setattr(geometry, "TILE_ELEMENTS", 97)
         cut = inspect_adapters(cohort).comparison
         assert cut.conflict == whole.conflict
         for i, row in enumerate(cut.weighted_conflict):

@@ -12,19 +12,26 @@ import statistics
 import threading
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from itertools import accumulate, combinations, pairwise
+from functools import cached_property
+from itertools import accumulate, pairwise
 from typing import NamedTuple
+
+import numpy as np
 
 from plait.adapters.adapter import Adapter
 from plait.adapters.extremes import float32_limit
 from plait.adapters.lowrank import LowRank
 from plait.adapters.names import layer_key
 from plait.deferred import Tensor, torch
-from plait.linalg.blocks import block_ranges
+from plait.linalg.bits import different, packed, shared
 from plait.linalg.factored import rank_for_energy
 from plait.results.threads import one_thread_each
 
 SymmetricMatrix = tuple[tuple[float | None, ...], ...]  # (T, T); None where a value is not defined
+TILE_ELEMENTS = 1 << 17  # entries of one delta that are in memory at a time
+TILES_ELEMENTS = 1 << 21  # and of all deltas
+_TILE_ROWS = 128
+_SUMMED = 1 << 13  # entries that are summed in the deltas' own dtype, before float64
 _NULL = 1e-5  # directions of a factor below this share of its largest singular value are round-off
 
 
@@ -107,7 +114,7 @@ def row_overlaps(adapters: Sequence[Adapter], path: str) -> list[RowSpaceOverlap
     """Return the overlap of the row spaces of A in one module, pair by pair; only adapters that have it."""
     present = [t for t, adapter in enumerate(adapters) if path in adapter.targets]
     stacks = [adapters[t].read(path, torch.float64) for t in present]
-    return [found for parts in zip(*stacks, strict=True) for found in _Grams(parts).overlaps(present) if found.factor == "a"]
+    return [found for parts in zip(*stacks, strict=True) for found in _Gram("a", [p.a for p in parts]).overlaps(present)]
 
 
 def _measure(adapters: Sequence[Adapter], path: str, dtype: torch.dtype, blocks: _Blocks) -> ModuleMeasures:
@@ -116,73 +123,108 @@ def _measure(adapters: Sequence[Adapter], path: str, dtype: torch.dtype, blocks:
     if any(float32_limit(raw[t], target.scaling) is not None for t, target in targets.items()):
         raw = {t: adapters[t].read(path, torch.float64) for t in targets}
     stacks = {t: [d.scaled(target.scaling) for d in raw[t]] for t, target in targets.items()}
-    powers = {t: [_squared_singular_values(delta) for delta in stack] for t, stack in stacks.items()}
     if len({target.layout for target in targets.values()}) > 1:
-        return ModuleMeasures(path, powers, None, [])
+        alone = {t: [power for delta in stack for power in _Grams([delta]).powers()] for t, stack in stacks.items()}
+        return ModuleMeasures(path, alone, None, [])
     present = list(stacks)
     grid = torch.meshgrid(torch.tensor(present), torch.tensor(present), indexing="ij")
+    powers: dict[int, list[Tensor]] = {t: [] for t in present}
     sums = EntrySums(len(adapters))
     overlaps: list[RowSpaceOverlap] = []
     for parts in zip(*stacks.values(), strict=True):
         grams = _Grams(parts)
+        for t, power in zip(present, grams.powers(), strict=True):
+            powers[t].append(power)
         sums.inner[grid] += grams.inner()
         if len(parts) > 1:
             signs, magnitude, nonzero = blocks.sums(parts)
             sums.signs[grid] += signs
             sums.magnitude[grid] += magnitude
             sums.nonzero[grid] += nonzero
-            overlaps += grams.overlaps(present)
+            overlaps += [*grams.a.overlaps(present), *grams.b.overlaps(present)]
     return ModuleMeasures(path, powers, sums, overlaps)
 
 
-def _squared_singular_values(delta: LowRank) -> Tensor:
-    """Return σ² of B A, descending, (r,), float64: the eigenvalues of Rᵀ (Bᵀ B) R, where A Aᵀ = R Rᵀ."""
-    a, b = delta.a.double(), delta.b.double()
-    values, vectors = torch.linalg.eigh(a @ a.mT)
-    root = vectors * values.clamp_min(0).sqrt()
-    power: Tensor = torch.linalg.eigvalsh(root.mT @ (b.mT @ b) @ root)
-    return power.clamp_min(0).flip(0)
+class _Gram:
+    """The Gram matrix F Fᵀ of one factor of several deltas, joined; float64, and only its upper triangle of blocks.
+
+    Args:
+        name: `a` or `b`.
+        factors: of every delta, (r, n): A or Bᵀ.
+    """
+
+    def __init__(self, name: str, factors: Sequence[Tensor]) -> None:
+        ends = [0, *accumulate(len(f) for f in factors)]
+        joined = torch.cat([f.mT for f in factors], dim=1).double() if name == "b" else torch.cat(tuple(factors)).double().mT
+        self._name, self._dim = name, len(joined)
+        self._ends = ends
+        self.rows = [joined[:, start:stop].mT @ joined[:, start:] for start, stop in pairwise(ends)]  # (rᵢ, Σ rⱼ of j ≥ i)
+
+    def block(self, i: int, j: int) -> Tensor:
+        """Return Fᵢ Fⱼᵀ, (rᵢ, rⱼ), for i ≤ j."""
+        return self.rows[i][:, self._ends[j] - self._ends[i] : self._ends[j + 1] - self._ends[i]]
+
+    @cached_property
+    def eigen(self) -> list[tuple[Tensor, Tensor]]:
+        """Eigenvalues, ascending, and eigenvectors of every Fᵢ Fᵢᵀ."""
+        return [torch.linalg.eigh(self.block(i, i)) for i in range(len(self.rows))]
+
+    def overlaps(self, adapters: Sequence[int]) -> Iterator[RowSpaceOverlap]:
+        """Yield the overlaps of all pairs; `adapters` are the numbers of the factors.
+
+        The squared cosines of two spaces are the eigenvalues of P Pᵀ, where P holds the products of their bases.
+        """
+        whiteners = [_whitener(*pair) for pair in self.eigen]
+        found = [i for i, whitener in enumerate(whiteners) if whitener.shape[1]]
+        for place, i in enumerate(found[:-1]):
+            one, others = whiteners[i], found[place + 1 :]
+            products = [one.mT @ self.block(i, j) @ whiteners[j] for j in others]
+            squares = torch.linalg.eigvalsh(torch.stack([p @ p.mT for p in products]))
+            for j, values in zip(others, squares.clamp(0, 1).sqrt().tolist(), strict=True):
+                few, many = sorted((one.shape[1], whiteners[j].shape[1]))
+                median = statistics.median(values[-few:])  # the others are those of directions that j has not
+                yield RowSpaceOverlap(self._name, (adapters[i], adapters[j]), median, math.sqrt(many / self._dim))
 
 
 class _Grams:
-    """The Gram matrices of several deltas of one shape: A Aᵀ and Bᵀ B of all factors joined, (R, R), float64."""
+    """The Gram matrices of several deltas of one shape: A Aᵀ and Bᵀ B of all factors joined."""
 
     def __init__(self, parts: Sequence[LowRank]) -> None:
-        ends = [0, *accumulate(p.rank for p in parts)]
-        self._spans = [slice(start, stop) for start, stop in pairwise(ends)]
-        a = torch.cat([p.a for p in parts]).double()
-        b = torch.cat([p.b for p in parts], dim=1).double()
-        self._dims = {"a": a.shape[1], "b": b.shape[0]}
-        self._grams = {"a": a @ a.mT, "b": b.mT @ b}
+        self.a = _Gram("a", [p.a for p in parts])
+        self.b = _Gram("b", [p.b.mT for p in parts])
 
     def inner(self) -> Tensor:
         """Return ⟨ΔW_i, ΔW_j⟩, (T, T)."""
-        product = self._grams["a"] * self._grams["b"]
-        return torch.stack([torch.stack([product[i, j].sum() for j in self._spans]) for i in self._spans])
+        count = len(self.a.rows)
+        inner = torch.zeros(count, count, dtype=torch.float64)
+        for i in range(count):
+            for j in range(i, count):
+                inner[i, j] = inner[j, i] = torch.sum(self.a.block(i, j) * self.b.block(i, j))
+        return inner
 
-    def overlaps(self, adapters: Sequence[int]) -> Iterator[RowSpaceOverlap]:
-        """Yield the overlaps of all pairs; `adapters` are the numbers of the parts."""
-        for factor, gram in self._grams.items():
-            whiteners = [_whitener(gram[span, span]) for span in self._spans]
-            for (i, one), (j, two) in combinations(enumerate(whiteners), 2):
-                if one.shape[1] and two.shape[1]:
-                    cosines = torch.linalg.svdvals(one.mT @ gram[self._spans[i], self._spans[j]] @ two).clamp(0, 1)
-                    chance = math.sqrt(max(one.shape[1], two.shape[1]) / self._dims[factor])
-                    yield RowSpaceOverlap(factor, (adapters[i], adapters[j]), statistics.median(cosines.tolist()), chance)
+    def powers(self) -> Iterator[Tensor]:
+        """Yield every delta's σ², descending, (r,), float64: the eigenvalues of Rᵀ (Bᵀ B) R, where A Aᵀ = R Rᵀ."""
+        for i, (values, vectors) in enumerate(self.a.eigen):
+            root = vectors * values.clamp_min(0).sqrt()
+            yield torch.linalg.eigvalsh(root.mT @ self.b.block(i, i) @ root).clamp_min(0).flip(0)
 
 
-def _whitener(gram: Tensor) -> Tensor:
-    """Return W (r, k) with Wᵀ G W = I on the k directions of a Gram matrix G (r, r) that are not round-off."""
-    values, vectors = torch.linalg.eigh(gram)
+def _whitener(values: Tensor, vectors: Tensor) -> Tensor:
+    """Return W (r, k) with Wᵀ G W = I on the k directions of a Gram matrix G (r, r) that are not round-off.
+
+    Args:
+        values: eigenvalues of G, ascending, (r,).
+        vectors: its eigenvectors, (r, r).
+    """
     kept = values > _NULL**2 * values[-1].clamp_min(torch.finfo(values.dtype).tiny)
     whitener: Tensor = vectors[:, kept] / values[kept].sqrt()
     return whitener
 
 
 class _Blocks(threading.local):
-    """Passes over the entries of deltas in blocks of rows, through one buffer per thread.
+    """Passes over the entries of deltas in tiles, through one buffer per thread.
 
-    New memory for every block would cost more than the arithmetic on it.
+    New memory for every tile would cost more than the arithmetic on it.
     """
 
     def __init__(self) -> None:
@@ -191,25 +233,47 @@ class _Blocks(threading.local):
     def sums(self, parts: Sequence[LowRank]) -> tuple[Tensor, Tensor, Tensor]:
         """Return ⟨sign x, sign y⟩, ⟨|x|, |y|⟩ and the number of entries non-zero in both, each (T, T), float64.
 
-        A block holds at most 2²⁰ entries or one row of each delta, so its sums of signs are exact in float32.
+        Signs are counted as bits: a pair of deltas costs one exclusive or per 64 entries. A NaN counts as zero.
         """
         count, (m, n) = len(parts), parts[0].shape
-        signs, magnitude, nonzero = (torch.zeros(count, count, dtype=torch.float64) for _ in range(3))
-        for start, stop in block_ranges(m, count * n):
-            x, s = self._scratch(parts[0].a.dtype, 2, count, stop - start, n)
+        opposed, nonzero = (np.zeros((count, count), dtype=np.int64) for _ in range(2))
+        magnitude = torch.zeros(count, count, dtype=torch.float64)
+        for rows, columns in _tiles(m, n, count):
+            x = self._scratch(parts[0].a.dtype, count, rows.stop - rows.start, columns.stop - columns.start)
             for t, part in enumerate(parts):
-                torch.mm(part.b[start:stop], part.a, out=x[t])
-            x, s = x.flatten(1), torch.sign(x, out=s).flatten(1)
-            signs += s @ s.mT
-            magnitude += x.abs_() @ x.mT
-            nonzero += s.abs_() @ s.mT
-        return signs, magnitude, nonzero
+                torch.mm(part.b[rows], part.a[:, columns], out=x[t])
+            x = x.flatten(1)
+            negative = packed(np.less(x.numpy(), 0))
+            smallest = x.abs_().amin()
+            for piece in torch.split(x, _SUMMED, dim=1):
+                magnitude += piece @ piece.mT
+            if smallest > 0:
+                nonzero += x.shape[1]
+                opposed += different(negative)
+            else:
+                present = packed(np.greater(x.numpy(), 0))
+                nonzero += shared(present)
+                opposed += different(negative, present)
+        return torch.from_numpy(nonzero - 2 * opposed).double(), magnitude, torch.from_numpy(nonzero).double()
 
     def _scratch(self, dtype: torch.dtype, *shape: int) -> Tensor:
         size = math.prod(shape)
         if self._buffer.dtype != dtype or len(self._buffer) < size:
             self._buffer = torch.empty(size, dtype=dtype)
         return self._buffer[:size].view(shape)
+
+
+def _tiles(m: int, n: int, count: int) -> Iterator[tuple[slice, slice]]:
+    """Yield the rows and columns of tiles that cover an m × n matrix, of which `count` are in memory at a time.
+
+    The product of two factors is fast where a tile has many rows, for it prepares the columns of A anew in every tile.
+    """
+    entries = max(1, min(TILE_ELEMENTS, TILES_ELEMENTS // count))
+    width = min(n, max(1, entries // _TILE_ROWS))
+    height = min(m, max(1, entries // width))
+    for top in range(0, m, height):
+        for left in range(0, n, width):
+            yield slice(top, min(m, top + height)), slice(left, min(n, left + width))
 
 
 class Spectra:
