@@ -31,7 +31,7 @@ STEPS = 38  # of a whole bake: 24 tensors, 12 files, the publication
 NURSERY = """
 import json, os, resource, signal, sys, threading
 from collections import Counter
-import plait, plait.api.files
+import torch, plait, plait.commands.bake
 from plait.baking import journal, tensors
 one_at_a_time, steps = threading.Lock(), Counter()
 def step(name):

@@ -95,10 +95,14 @@ def is_clearly_worse(look: Texts, best: Texts, criterion: Criterion, tolerance: 
     rng, score = np.random.default_rng(0), CRITERIA[criterion]
     pairs = [np.array([[*one, other[0]] for one, other in zip(look[t], best[t], strict=True)]) for t in look]
 
-    def difference(draw: Callable[[int], NDArray[np.int64]]) -> float:
-        rows = [pair[draw(len(pair))] for pair in pairs]
-        here, there = ([float(np.average(row[:, i], weights=row[:, 1])) for row in rows] for i in (0, 2))
-        return score(there) - score(here)
+    def differences(draws: Sequence[Sequence[NDArray[np.int64]]]) -> list[float]:
+        here, there = [], []
+        for task, pair in enumerate(pairs):
+            kept, weight, other = np.moveaxis(pair[np.stack([draw[task] for draw in draws])], -1, 0)  # each draw × text
+            here.append(((kept * weight).sum(1) / weight.sum(1)).tolist())
+            there.append(((other * weight).sum(1) / weight.sum(1)).tolist())
+        return [score(b) - score(a) for a, b in zip(zip(*here, strict=True), zip(*there, strict=True), strict=True)]
 
-    error = float(np.std([difference(lambda count: rng.integers(count, size=count)) for _ in range(_DRAWS)]))
-    return difference(np.arange) > tolerance * error
+    drawn = [[rng.integers(len(pair), size=len(pair)) for pair in pairs] for _ in range(_DRAWS)]
+    (found,) = differences([[np.arange(len(pair)) for pair in pairs]])
+    return found > tolerance * float(np.std(differences(drawn)))
