@@ -11,11 +11,13 @@ import pytest
 import torch
 
 from plait.adapters.adapter import Adapter
+from plait.merging import combine
 from plait.merging.combine import Combiner
 from plait.merging.inventory import Inventory, take_inventory
 from plait.merging.kept import KeptResults
 from plait.mixture.merged import merged_modules
 from plait.recipes.request import read_request
+from plait.spaces import SPACES
 from plait.spaces.core import Core
 from plait.testing import cohort
 from tests.every import every
@@ -84,6 +86,22 @@ def test_what_does_not_change_is_not_computed_again(folder: Path, monkeypatch: p
     assert [computed(settings) for settings in CANDIDATES[1:4]] == [(0, 0, 0), (0, 0, 5), (0, 0, 5)], "the scale comes last"
     assert computed(CANDIDATES[4]) == (10, 5, 5), "another transform takes norms of its own, and is another frame"
     assert [computed(settings) for settings in CANDIDATES[9:]] == [(0, 0, 5), (0, 0, 0), (0, 0, 5), (0, 0, 0)]
+
+
+@every("space", ["core", "knots"])
+def test_one_merge_makes_frames_once_as_far_as_there_is_room(space: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, cls = list[str](), type(SPACES[space])
+    frame = cls.frame
+    monkeypatch.setattr(cls, "frame", lambda self, *given: (made.append(space), frame(self, *given))[1])
+    found, counts = list[Any](), list[int]()
+    for room in (0, 600, 1440, 1 << 20):  # a frame is of 768 or 672 bytes; what is small of it, of 288 or 144
+        monkeypatch.setattr(combine, "FRAME_BYTES", room)
+        made.clear()
+        found.append(bits(inventory(folder, {"method": "ties", "space": space})))
+        counts.append(len(made))
+    assert found[1:] == found[:1] * 3
+    few = 2 if space == "core" else 4  # modules of which only what is small is kept: once for surveys, once at the end
+    assert counts == [15, 2 * few + 3 * (5 - few), 9 if space == "core" else 8, 5]
 
 
 def test_the_settings_that_were_used_least_recently_go_first() -> None:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 
 from plait.adapters.lowrank import LowRank
 from plait.deferred import Tensor, torch
 from plait.errors import PlanError
 from plait.linalg.blocks import RowBlocks, block_ranges
 from plait.linalg.keyed import Key
-from plait.merging.kept import KeptResults
+from plait.merging.kept import FRAME_BYTES, KeptResults
 from plait.merging.module_notes import ModuleNotes
 from plait.merging.moments import Moments
 from plait.merging.prepared import MatrixFactors, PreparedAdapters
@@ -43,6 +43,8 @@ class Combiner:
         moments: second moments of the modules' inputs, where the recipe names them.
         notes: notes of stages on modules so far.
         kept: results that merges of the same adapters share; a module whose result is there is not read, and has no notes.
+        frames: coordinates of modules that this merge has made, as far as there is room; surveys and passes ask for them again.
+        small: what is kept of the others, from which their arrays are had.
     """
 
     recipe: Recipe
@@ -52,6 +54,8 @@ class Combiner:
     moments: Moments | None = None
     notes: ModuleNotes = field(default_factory=ModuleNotes)
     kept: KeptResults | None = None
+    frames: KeptResults = field(default_factory=lambda: KeptResults(FRAME_BYTES))
+    small: KeptResults = field(default_factory=lambda: KeptResults(FRAME_BYTES))
 
     @cached_property
     def pipeline(self) -> Pipeline:
@@ -109,7 +113,7 @@ class Combiner:
         sites = [] if by_entry and not pipeline.post else self._sites(module, self.read(module))
         if by_entry:
             frames = self._coordinates(module)
-            statistics = self._local(module, frames)
+            statistics = self._local(module, [frame.arrays for frame in frames])
             merged = [self._merge_frame(module, i, frame, statistics) for i, frame in enumerate(frames)]
         elif isinstance(pipeline.combine, DeltaCombine):
             merged = [self._combine(pipeline.combine, site, i if len(sites) > 1 else None) for i, site in enumerate(sites)]
@@ -127,11 +131,32 @@ class Combiner:
                 return [space.frame(f.deltas, f.scalings) for f in stack]
             return [space.frame(site.deltas, [1.0] * len(site.deltas)) for site in self._sites(module, stack)]
 
+        def size(found: Sequence[Frame]) -> int | None:
+            return _total([frame.bytes for frame in found])
+
         if self.kept is None or self.pipeline.on_deltas:  # which depend on parameters, weights and the seed
-            return frames()
+            return self.frames.result("", module, frames, size) if self._asks_again else frames()
         transforms = json.dumps([t.model_dump(mode="json") for t in self.recipe.transforms], sort_keys=True)
         settings = f"{self.recipe.space_name} {self.prepared.dtype} {transforms}"
-        return self.kept.result(settings, module, frames, lambda found: _total([frame.bytes for frame in found]))
+        return self.kept.result(settings, module, frames, size)
+
+    @cached_property
+    def _asks_again(self) -> bool:
+        """Whether there are passes over the model before the one that merges."""
+        return self.pipeline.asks_model or self.recipe.output.energy is not None
+
+    def _arrays(self, module: str) -> list[tuple[Array, ...]]:
+        """Return the arrays of every matrix of a module: of its coordinates, or from the few values that were kept of these."""
+        small: list[tuple[Tensor, ...]] | None = self.small.find("", module)
+        if small is None:
+            frames = self._coordinates(module)
+            if self.kept is None and self.frames.find("", module) is None and frames[0].small is not None:
+                found = [frame.small or () for frame in frames]
+                self.small.result("", module, lambda: found, lambda few: sum(x.nbytes for parts in few for x in parts))
+            return [frame.arrays for frame in frames]
+        sites = cache(lambda: self._sites(module, self.read(module)))
+        space = SPACES[self.recipe.space_name]
+        return [space.arrays_again(few, lambda i=i: sites()[i].deltas) for i, few in enumerate(small)]  # type: ignore[misc]
 
     def read(self, module: str) -> list[MatrixFactors]:
         """Return a module's factors, with a remark where they are computed with otherwise than those of other modules."""
@@ -187,25 +212,25 @@ class Combiner:
         weights = array.weight_transform(self._weights(module) if entrywise else self._shares(module))
         return lambda start, stop, stride=1: Block(array.rows(start, stop, stride), weights, start, keys, statistics)
 
-    def _local(self, module: str, frames: Sequence[Frame]) -> dict[str, tuple[Tensor, ...]]:
+    def _local(self, module: str, matrices: Sequence[tuple[Array, ...]]) -> dict[str, tuple[Tensor, ...]]:
         """Return each array's statistics, as far as surveys are done: the model's as given, the module's computed now."""
-        found: dict[str, tuple[Tensor, ...]] = {array.name: () for array in frames[0].arrays}
+        found: dict[str, tuple[Tensor, ...]] = {array.name: () for array in matrices[0]}
         # shorter than the surveys while a later one of them is being made
         for survey, over_model in zip(self.pipeline.surveys(), self.statistics, strict=False):
             for name, earlier in found.items():
                 value = (
-                    over_model[name] if over_model is not None else self._survey_module(module, frames, name, survey, earlier)
+                    over_model[name] if over_model is not None else self._survey_module(module, matrices, name, survey, earlier)
                 )
                 found[name] = (*earlier, value)
         return found
 
     def _survey_module(
-        self, module: str, frames: Sequence[Frame], name: str, survey: Survey, earlier: tuple[Tensor, ...]
+        self, module: str, matrices: Sequence[tuple[Array, ...]], name: str, survey: Survey, earlier: tuple[Tensor, ...]
     ) -> Tensor:
         reduction = survey.start(len(self.recipe.adapters))
         while True:
-            for index, frame in enumerate(frames):
-                for array in frame.arrays:
+            for index, arrays in enumerate(matrices):
+                for array in arrays:
                     if array.name == name:
                         self._observe(reduction, module, index, array, earlier)
             if reduction.end_pass():
@@ -219,10 +244,10 @@ class Combiner:
 
     def observe(self, module: str, reductions: Mapping[str, Reduction]) -> None:
         """Show one module's coordinates to reductions over the complete model, one per array name."""
-        frames = self._coordinates(module)
-        statistics = self._local(module, frames)
-        for index, frame in enumerate(frames):
-            for array in frame.arrays:
+        matrices = self._arrays(module)
+        statistics = self._local(module, matrices)
+        for index, arrays in enumerate(matrices):
+            for array in arrays:
                 self._observe(reductions[array.name], module, index, array, statistics[array.name])
 
 

@@ -83,7 +83,7 @@ class Engine:
 
     def _prepare(self, *, in_double: bool) -> Combiner:
         recipe, moments, pipeline = self._inventory.recipe, self._inventory.moments, pipeline_of(self._inventory.recipe)
-        one_dtype = any(survey.scope == "model" for survey in pipeline.surveys())
+        one_dtype = pipeline.asks_model
         prepare = partial(PreparedAdapters, is_exact=self._side_by_side, needs_one_dtype=one_dtype, in_double=in_double)
         with _pool(self._workers) as pool:
             prepared = pool.submit(prepare, self._inventory, self._progress).result()

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 USUAL_BYTES = 1 << 30
+FRAME_BYTES = 1 << 27  # of the coordinates of one merge, and as much again of what these can be had from without decompositions
 
 
 class KeptResults:
@@ -22,6 +23,11 @@ class KeptResults:
         self._most, self._bytes = most, 0
         self._groups: OrderedDict[Hashable, dict[Any, tuple[Any, int]]] = OrderedDict()
         self._lock = Lock()
+
+    def find(self, settings: Hashable, module: str) -> Any:
+        """Return what is kept of a module; None where nothing is."""
+        with self._lock:
+            return self._groups.get(settings, {}).get(module, (None,))[0]
 
     def result(self, settings: Hashable, module: str, make: Callable[[], T], size: Callable[[T], int | None]) -> T:
         """Return what was made before of a module with these settings, or make it, and keep it where there is room.

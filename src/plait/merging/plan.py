@@ -14,6 +14,7 @@ from plait.linalg.blocks import HOLD_ELEMENTS, MATRIX_BLOCK_ELEMENTS
 from plait.merging.combine import pipeline_of
 from plait.merging.heads import head_problems, main_head_bytes
 from plait.merging.inventory import Inventory
+from plait.merging.kept import FRAME_BYTES
 from plait.merging.moments import moments_problems
 from plait.merging.output_format import outgoing_merge, output_format, writes_peft
 from plait.merging.weighting import Towers, layer_problems, module_weights, policy_problems, towers_of
@@ -319,7 +320,10 @@ def _output_bytes(
 
 
 def _peak_bytes(inventory: Inventory, pipeline: Pipeline, modules: Sequence[ModulePlan], workers: int) -> int:
-    """Estimate: per worker the factors of its module twice, its result, and for a dense space the blocks in flight."""
+    """Estimate: per worker the factors of its module twice, its result, and for a dense space the blocks in flight.
+
+    Besides, what is kept of coordinates between the passes of a merge.
+    """
     adapters = len(inventory.adapters)
 
     def working(m: ModulePlan) -> int:
@@ -335,7 +339,10 @@ def _peak_bytes(inventory: Inventory, pipeline: Pipeline, modules: Sequence[Modu
             values += inventory.moments.working(m.target, m.shape[1])
         return 4 * values
 
-    return sum(sorted((working(m) for m in modules), reverse=True)[: max(1, workers)])
+    coordinates = 0
+    if pipeline.low_rank(inventory.recipe.space_name) and pipeline.asks_model:
+        coordinates = min(2 * FRAME_BYTES, sum(4 * m.stack * (adapters + 1) * m.exact_rank * sum(m.shape) for m in modules))
+    return coordinates + sum(sorted((working(m) for m in modules), reverse=True)[: max(1, workers)])
 
 
 def _data_notes(inventory: Inventory, pipeline: Pipeline, paths: list[str]) -> list[str]:

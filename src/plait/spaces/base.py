@@ -50,12 +50,14 @@ class Frame:
         lift: takes one merged array per stack, as blocks of rows, back to a delta.
         dtype: of the arrays.
         bytes: of all that it holds in memory; None where it forms the arrays anew whenever they are read.
+        small: what `Space.arrays_again` has the arrays from; None where a frame costs next to nothing.
     """
 
     arrays: tuple[Array, ...]
     lift: Callable[[Sequence[RowBlocks]], MergedMatrix]
     dtype: torch.dtype
     bytes: int | None = None
+    small: tuple[Tensor, ...] | None = None
 
 
 class Space(ABC):
@@ -76,6 +78,15 @@ class Space(ABC):
     @abstractmethod
     def frame(self, factors: Sequence[LowRank], scalings: Sequence[float]) -> Frame:
         """Return the coordinates of ΔWₜ = scalingsₜ · factorsₜ.b @ factorsₜ.a; an adapter without the module has rank 0."""
+
+    def arrays_again(self, small: Sequence[Tensor], deltas: Callable[[], Sequence[LowRank]]) -> tuple[Array, ...]:
+        """Return a frame's arrays, bit for bit, without its decompositions.
+
+        Args:
+            small: what the frame has as such.
+            deltas: returns the factors times their scalings.
+        """
+        raise NotImplementedError
 
     @abstractmethod
     def rank(self, ranks: Sequence[int], shape: tuple[int, int]) -> int:

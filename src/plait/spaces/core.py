@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from plait.adapters.lowrank import LowRank
-from plait.deferred import torch
+from plait.deferred import Tensor, torch
 from plait.linalg.blocks import RowBlocks
 from plait.linalg.factored import left_basis, orient
 from plait.spaces.base import Array, Frame, MergedMatrix, Space, in_memory, unchanged
@@ -39,12 +39,19 @@ class Core(Space):
                 return LowRank(core @ v.mT, u)
             return LowRank(v.mT.contiguous(), u @ core)
 
-        array = Array("core", (u.shape[1], v.shape[1]), in_memory(cores), unchanged)
-        return Frame((array,), lift, cores.dtype, sum(x.nbytes for x in (u, v, cores)))
+        return Frame(_arrays(cores), lift, cores.dtype, sum(x.nbytes for x in (u, v, cores)), (cores,))
+
+    def arrays_again(self, small: Sequence[Tensor], deltas: Callable[[], Sequence[LowRank]]) -> tuple[Array, ...]:
+        """Return the cores, which are few values themselves."""
+        return _arrays(*small)
 
     def rank(self, ranks: Sequence[int], shape: tuple[int, int]) -> int:
         """Return min(Σ rₜ, d_out, d_in)."""
         return min(sum(ranks), *shape)
+
+
+def _arrays(cores: Tensor) -> tuple[Array, ...]:
+    return (Array("core", (cores.shape[1], cores.shape[2]), in_memory(cores), unchanged),)
 
 
 CORE = Core()

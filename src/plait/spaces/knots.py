@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from plait.adapters.lowrank import LowRank
-from plait.deferred import torch
+from plait.deferred import Tensor, torch
 from plait.linalg.blocks import RowBlocks
 from plait.linalg.factored import orient
 from plait.spaces.base import Array, Frame, MergedMatrix, Space, in_memory, unchanged
@@ -37,19 +37,33 @@ class Knots(Space):
         basis = q_b @ u[:, :kept].to(q_b.dtype)
         basis = basis * orient(basis)
         # Σ Vₜᵀ = Uᵀ ΔWₜ: taken from the factors, a zero delta is exactly zero here and has no vote
-        coordinates = basis.new_empty(len(deltas), kept, deltas[0].shape[1])  # (T, k, n)
-        for delta, place in zip(deltas, coordinates, strict=True):
-            torch.mm(basis.mT @ delta.b, delta.a, out=place)
+        small = tuple(basis.mT @ delta.b for delta in deltas)  # (k, rₜ)
+        coordinates = _coordinates(small, deltas)
 
         def lift(merged: Sequence[RowBlocks]) -> MergedMatrix:
             return LowRank(merged[0].dense(), basis)
 
-        array = Array("knots", (kept, coordinates.shape[2]), in_memory(coordinates), unchanged)
-        return Frame((array,), lift, basis.dtype, basis.nbytes + coordinates.nbytes)
+        return Frame(_arrays(coordinates), lift, basis.dtype, basis.nbytes + coordinates.nbytes, small)
+
+    def arrays_again(self, small: Sequence[Tensor], deltas: Callable[[], Sequence[LowRank]]) -> tuple[Array, ...]:
+        """Return the row coordinates (Uᵀ Bₜ) Aₜ."""
+        return _arrays(_coordinates(small, deltas()))
 
     def rank(self, ranks: Sequence[int], shape: tuple[int, int]) -> int:
         """Return min(Σ rₜ, d_out, d_in)."""
         return min(sum(ranks), *shape)
+
+
+def _coordinates(small: Sequence[Tensor], deltas: Sequence[LowRank]) -> Tensor:
+    """Return (Uᵀ Bₜ) Aₜ, (T, k, n)."""
+    out = small[0].new_empty(len(deltas), len(small[0]), deltas[0].shape[1])
+    for left, delta, place in zip(small, deltas, out, strict=True):
+        torch.mm(left, delta.a, out=place)
+    return out
+
+
+def _arrays(coordinates: Tensor) -> tuple[Array, ...]:
+    return (Array("knots", (coordinates.shape[1], coordinates.shape[2]), in_memory(coordinates), unchanged),)
 
 
 KNOTS = Knots()

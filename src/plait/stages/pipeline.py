@@ -73,6 +73,11 @@ class Pipeline:
         """Whether some stage solves a system of equations."""
         return any(s.solves for s in self.stages)
 
+    @property
+    def asks_model(self) -> bool:
+        """Whether some stage must know something of the complete model: a pass of its own over it."""
+        return any(survey.scope == "model" for survey in self.surveys())
+
     def needs_coordinates(self, space: str) -> bool:
         """Return whether deltas are turned into a space's coordinates; `factors` are not a function of the deltas."""
         return isinstance(self.combine, EntryCombine) or bool(self.on_entries) or space == "factors"
