@@ -16,13 +16,11 @@ from functools import cached_property
 from itertools import accumulate, pairwise
 from typing import NamedTuple
 
-import numpy as np
-
 from plait.adapters.adapter import Adapter
 from plait.adapters.extremes import float32_limit
 from plait.adapters.lowrank import LowRank
 from plait.adapters.names import layer_key
-from plait.deferred import Tensor, torch
+from plait.deferred import Tensor, np, torch
 from plait.linalg.bits import different, packed, shared
 from plait.linalg.factored import rank_for_energy
 from plait.results.threads import one_thread_each

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING
 
-Words = npt.NDArray[np.uint64]
+from plait.deferred import np
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    Words = npt.NDArray[np.uint64]
 
 
 def packed(flags: npt.NDArray[np.bool_]) -> Words:

@@ -11,9 +11,7 @@ import hashlib
 import math
 from dataclasses import dataclass
 
-import numpy as np
-
-from plait.deferred import Tensor, torch
+from plait.deferred import Tensor, np, torch
 
 _GAMMA = 0x9E3779B97F4A7C15
 _MIX_1 = 0xBF58476D1CE4E5B9

@@ -5,18 +5,18 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from numpy.typing import NDArray
+from plait.deferred import Tensor, np, torch
 
-from plait.deferred import Tensor, torch
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Bits = NDArray[np.unsignedinteger[Any]]
 
 _DIGIT = 16  # bits that a pass settles
 _REACH = 3  # a sample's answer may be off by so many leading digits, each of them less than 1 % of the magnitude
 _STRIDE = 16  # one row in so many is the sample
-
-Bits = NDArray[np.unsignedinteger[Any]]
 
 
 class MagnitudeSelect:
