@@ -116,7 +116,7 @@ def _show_forecast(plan: TrainingPlan, found: Sequence[Forecast]) -> None:
     )
     for f in found:
         lost = "".join([f" (− {f.left_out})" * bool(f.left_out), f" ({f.truncated} cut)" * bool(f.truncated)])
-        table.add_row(f.name, f.state, f.data, f"{f.examples}{lost}", str(f.steps), f"{f.tokens:,}", size(f.bytes))
+        table.add_row(f.name, f.state, f.data, f"{f.examples}{lost}", str(f.steps), _tokens(f.tokens), size(f.bytes))
     todo = [f for f in found if f.state != "done"]
     table.add_row(
         "to do",
@@ -124,7 +124,7 @@ def _show_forecast(plan: TrainingPlan, found: Sequence[Forecast]) -> None:
         "",
         "",
         str(sum(f.steps for f in todo)),
-        f"{sum(f.tokens for f in todo):,}",
+        _tokens(sum(f.tokens for f in todo)),
         size(sum(f.bytes for f in todo)),
     )
     out().print(table)
@@ -135,6 +135,11 @@ def _show_forecast(plan: TrainingPlan, found: Sequence[Forecast]) -> None:
     print_notes(plan.notes)
 
 
+def _tokens(count: int) -> str:
+    """Return a number of tokens; of images and sounds there are none."""
+    return f"{count:,}" if count else "–"
+
+
 def _show(result: TrainResult, place: Path) -> None:
 
     from plait.cli.console import new_table, out
@@ -143,7 +148,7 @@ def _show(result: TrainResult, place: Path) -> None:
     table = new_table(("phase", "state", "examples", "steps", "tokens", "seconds", "last loss"), left=("phase", "state"))
     for p in result.phases:
         state = f"[bold red]{p.state}[/bold red]" if p.state == "failed" else p.state
-        numbers = [p.examples, p.steps, p.tokens]
+        numbers = [p.examples, p.steps, p.tokens or None]
         seconds = "–" if p.seconds is None else f"{p.seconds:.1f}"
         loss = "–" if p.loss is None else f"{p.loss:.3f}"
         table.add_row(p.name, state, *("–" if n is None else str(n) for n in numbers), seconds, loss)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -58,41 +58,77 @@ def heard(model: Any, extractor: Any, examples: Examples, batch_size: int) -> It
     Raises:
         TaskError: whether the extractor cuts sounds is not known, or one is too long or too short for the model.
     """
-    name = type(extractor).__name__
-    if name not in _EXACT:
-        raise TaskError(f"{name}: whether it cuts long sounds is not known; covered are {', '.join(_EXACT)}.")
-    rate = int(extractor.sampling_rate)
     sounds = [e.audio or b"" for e in examples.items]
-    counts = [sample_count(data, rate) for data in sounds]
-    _check_lengths(model, extractor, examples, counts)
-    if others := sorted({sound_rate(data) for data in sounds} - {rate}):
-        listed = ", ".join(map(str, others))
-        announce(f"sounds of {listed} Hz are resampled to {rate} Hz, which the model hears.", once=f"resampled {rate}")
+    counts = sample_counts(extractor, sounds)
+    check_lengths(model, extractor, examples, counts)
     groups: dict[tuple[str, int], list[int]] = defaultdict(list)
     for i, (example, count) in enumerate(zip(examples.items, counts, strict=True)):
-        groups[example.text or "", 0 if _window(extractor) else count].append(i)
+        groups[example.text or "", 0 if window(extractor) else count].append(i)
     for _, group in sorted(groups.items()):
         for at in range(0, len(group), batch_size):
             batch = group[at : at + batch_size]
-            with refuse_failures("the base", "the feature extractor cannot prepare the sounds", TaskError):
-                given = extractor([samples(sounds[i], rate) for i in batch], sampling_rate=rate, return_tensors="pt")
+            given = sound_inputs(extractor, [sounds[i] for i in batch])
             yield batch, given[extractor.model_input_names[0]].to(model.device, model.dtype)
 
 
-def _window(extractor: Any) -> int | None:
+def sample_counts(extractor: Any, sounds: Sequence[bytes]) -> list[int]:
+    """Return how many samples a model hears of every sound; other rates than its own are announced.
+
+    Raises:
+        TaskError: whether the extractor cuts sounds is not known.
+    """
+    name, rate = type(extractor).__name__, int(getattr(extractor, "sampling_rate", 0))
+    if name not in _EXACT:
+        raise TaskError(f"{name}: whether it cuts long sounds is not known; covered are {', '.join(_EXACT)}.")
+    if others := sorted({sound_rate(data) for data in sounds} - {rate}):
+        listed = ", ".join(map(str, others))
+        announce(f"sounds of {listed} Hz are resampled to {rate} Hz, which the model hears.", once=f"resampled {rate}")
+    return [sample_count(data, rate) for data in sounds]
+
+
+def sound_inputs(extractor: Any, sounds: Sequence[bytes], **keywords: Any) -> Mapping[str, Tensor]:
+    """Return a model's inputs of sounds by their names, as the extractor makes them.
+
+    Args:
+        extractor: of the model.
+        sounds: encoded; of one length, unless the extractor pads.
+        **keywords: of the extractor, such as `padding`.
+
+    Raises:
+        TaskError: it cannot prepare them.
+    """
+    rate = int(extractor.sampling_rate)
+    with refuse_failures("the base", "the feature extractor cannot prepare the sounds", TaskError):
+        given: Mapping[str, Tensor] = extractor(
+            [samples(data, rate) for data in sounds], sampling_rate=rate, return_tensors="pt", **keywords
+        )
+    return given
+
+
+def window(extractor: Any) -> int | None:
     """Return how many samples a model hears of every sound, filled up with silence; None where of each as many as it has."""
     found: int | None = getattr(extractor, "n_samples", None)
     return found
 
 
-def _check_lengths(model: Any, extractor: Any, examples: Examples, counts: Sequence[int]) -> None:
-    """Refuse sounds that the model would cut, or cannot hear."""
-    window, least, rate = _window(extractor), fewest_samples(model), int(extractor.sampling_rate)
-    long, short = [i for i, n in enumerate(counts) if window and n > window], [i for i, n in enumerate(counts) if n < least]
+def check_lengths(model: Any, extractor: Any, examples: Examples, counts: Sequence[int]) -> None:
+    """Refuse sounds that the model would cut, or cannot hear.
+
+    Args:
+        model: of transformers; its weights are not used.
+        extractor: of the model.
+        examples: with sounds.
+        counts: samples of each, as `sample_counts` has them.
+
+    Raises:
+        TaskError: one is too long or too short.
+    """
+    most, least, rate = window(extractor), fewest_samples(model), int(extractor.sampling_rate)
+    long, short = [i for i, n in enumerate(counts) if most and n > most], [i for i, n in enumerate(counts) if n < least]
     if long:
         named = _named(examples, long, lambda i: f"{counts[i] / rate:.1f} seconds")
         raise TaskError(
-            f"{len(long)} of {len(counts)} sounds are longer than the {(window or 0) / rate:g} seconds that the model hears "
+            f"{len(long)} of {len(counts)} sounds are longer than the {(most or 0) / rate:g} seconds that the model hears "
             f"({named}); nothing is cut in silence. Cut them, or leave them out."
         )
     if short:

@@ -49,7 +49,7 @@ def transcripts(
         TaskError: the model writes down no sounds or does not take the options, a sound is too long or too short for it, or its
             output is NaN.
     """
-    write = _way(model, tokenizer, extractor, examples, ask)
+    write = writer_of(model, tokenizer, extractor, examples, ask)
     found = [""] * len(examples.items)
     cut = 0
     for batch, given in heard(model, extractor, examples, batch_size):
@@ -72,8 +72,12 @@ def transcripts(
 _Writer: TypeAlias = Callable[[Tensor, str], tuple[list[str], int]]
 
 
-def _way(model: Any, tokenizer: Any, extractor: Any, examples: Examples, ask: Transcribed) -> _Writer:
-    """Return what writes down a batch."""
+def writer_of(model: Any, tokenizer: Any, extractor: Any, examples: Examples, ask: Transcribed) -> _Writer:
+    """Return what writes down a batch; arguments as `transcripts` has them, and the model's weights are not used yet.
+
+    Raises:
+        TaskError: the model writes down no sounds, or does not take the options.
+    """
     where, name = examples.task.where, type(model).__name__
     texts = {e.text for e in examples.items if e.text is not None}
     if library.is_whisper(model):
@@ -109,7 +113,8 @@ def _whisper(model: Any, tokenizer: Any, where: str, ask: Transcribed, texts: se
             )
         limit = ask.max_new_tokens or limits[text]
         own = {**library.whisper_settings(model), "return_timestamps": False}
-        out = _generated(model, ask, own, limit, input_features=given, prompt_ids=prompts[text], **keywords)
+        before = None if (ids := prompts[text]) is None else ids.to(model.device)
+        out = _generated(model, ask, own, limit, input_features=given, prompt_ids=before, **keywords)
         special = set(tokenizer.all_special_ids)
         lengths = [sum(token not in special for token in row) for row in out.tolist()]
         return tokenizer.batch_decode(out, skip_special_tokens=True), sum(length >= limit for length in lengths)
@@ -153,7 +158,32 @@ def _prompt(model: Any, tokenizer: Any, where: str, text: str) -> Tensor | None:
     most = int(model.config.max_target_positions) // 2 - 1
     if len(ids) > most:
         raise TaskError(f"{where}: the prompt {text[:40]!r}… has {len(ids)} tokens; Whisper takes {most}. Shorten it.")
-    return ids.to(model.device)
+    return ids
+
+
+def beginning(model: Any, tokenizer: Any, where: str, ask: Transcribed, text: str) -> list[int]:
+    """Return the tokens that a decoder is given before a transcript, as `transcripts` has them.
+
+    Args:
+        model: of transformers, with an encoder of sounds and a decoder; its weights are not used.
+        tokenizer: its tokenizer.
+        where: whose transcripts they are, for messages.
+        ask: how.
+        text: what was spoken before; empty for nothing.
+
+    Raises:
+        TaskError: the model does not take the options, or hears the language before it writes.
+    """
+    if not library.is_whisper(model):
+        return [decoder_start(model)]
+    found = library.whisper_beginning(model, **_spoken(model, where, ask))
+    if found is None:
+        raise TaskError(
+            f"{where}: the model would first hear which language is spoken, and transcripts are learned of a known one. Give "
+            "'language' in the task."
+        )
+    prompt = _prompt(model, tokenizer, where, text)
+    return [*([] if prompt is None else prompt.tolist()), *found]
 
 
 def _ctc(model: Any, tokenizer: Any, extractor: Any) -> _Writer:

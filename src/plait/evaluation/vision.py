@@ -110,7 +110,16 @@ def _unit(vectors: Tensor) -> Tensor:
 def _pixels(model: Any, processor: Any, images: Sequence[bytes], batch_size: int) -> Iterator[Tensor]:
     """Yield the model's inputs, (B, channels, height, width) in its dtype."""
     for at in range(0, len(images), batch_size):
-        some = [decoded(data) for data in images[at : at + batch_size]]
-        with refuse_failures("the base", "the image processor cannot prepare the images", TaskError):
-            pixels: Tensor = processor(images=some, return_tensors="pt")["pixel_values"]
-        yield pixels.to(model.device, model.dtype)
+        yield image_inputs(processor, images[at : at + batch_size]).to(model.device, model.dtype)
+
+
+def image_inputs(processor: Any, images: Sequence[bytes]) -> Tensor:
+    """Return a model's input of encoded images, (images, channels, height, width) float32.
+
+    Raises:
+        TaskError: the processor cannot prepare them.
+    """
+    some = [decoded(data) for data in images]
+    with refuse_failures("the base", "the image processor cannot prepare the images", TaskError):
+        pixels: Tensor = processor(images=some, return_tensors="pt")["pixel_values"]
+    return pixels

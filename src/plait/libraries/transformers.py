@@ -41,6 +41,8 @@ _MEDIA_HEADS = {
     "AutoModelForImageClassification": "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES",
     "AutoModelForAudioClassification": "MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES",
 }
+#: What the parts of a head are called in classifiers of images and sounds.
+MEDIA_HEADS = ("projector", "classifier")
 HEADED_TASKS = frozenset(_HEADS)  #: PEFT's task types whose head a model has or not
 #: The layers whose output is one value per label.
 LABEL_LAYERS = ("classifier", "score", "out_proj")
@@ -266,6 +268,37 @@ def whisper_settings(model: Any) -> dict[str, Any]:
     """Return the parts of Whisper's own generation configuration that its transcripts depend on, sampling and beams aside."""
     own = model.generation_config
     return {name: value for name in _WHISPER_SETTINGS if (value := getattr(own, name, None)) is not None}
+
+
+def whisper_beginning(model: Any, language: str | None = None, task: str | None = None) -> list[int] | None:
+    """Return the tokens that Whisper's `generate` puts before a transcript without times, the first included.
+
+    Args:
+        model: a Whisper; its weights are not used.
+        language: as its generation configuration calls it (`<|fr|>`); None for the configuration's own.
+        task: `transcribe` or `translate`; likewise.
+
+    Returns:
+        The tokens; None where it would first hear what language is spoken.
+    """
+    own = model.generation_config
+    language, task = language or getattr(own, "language", None), task or getattr(own, "task", None)
+    found: list[int | None] = [own.decoder_start_token_id]
+    if language is None and task is None:  # an older form, which the newer one replaces
+        forced = getattr(own, "forced_decoder_ids", None) or getattr(model.config, "forced_decoder_ids", None) or []
+        for place, token in forced:
+            found += [token] * (place == len(found))
+    languages, tasks = getattr(own, "lang_to_id", None), getattr(own, "task_to_id", None) or {}
+    if language is not None and languages:
+        found[1:2] = [languages[language if language in languages else f"<|{language_code(language)}|>"]]
+    elif languages and found[1:2] in ([], [None]):
+        return None
+    if task is not None or (language is not None and tasks):
+        found.append(tasks[task or "transcribe"])
+    end = getattr(own, "no_timestamps_token_id", None)
+    if end is not None and found[-1] != end:
+        found.append(end)
+    return [token for token in found if token is not None]
 
 
 def language_code(language: str) -> str:

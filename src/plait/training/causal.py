@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,13 @@ from plait.extras import optional
 from plait.hub.pretrained import load_tokenizer, refuse_failures
 from plait.libraries.trl import trusts_code
 from plait.parsing import read_text
+from plait.tasks.examples import Examples
 from plait.training.data import LoadedData
 from plait.training.encoding import EncodedData, EncodedSplits, ExampleEncoder, encode_all
-from plait.training.job import ResolvedJob, TrainingJob
+from plait.training.job import LoraSettings, ResolvedJob, TrainingJob
 from plait.training.settings import check_values, construct, lora_config, trainer_settings
 
-LOADER, TASK_TYPE = "AutoModelForCausalLM", "CAUSAL_LM"
+LOADER, TASK_TYPE, PIPELINE = "AutoModelForCausalLM", "CAUSAL_LM", "text-generation"
 _SPLITTING = ("bfd_split", "wrapped")
 
 
@@ -26,7 +27,7 @@ def settings_of(job: TrainingJob, out: Path) -> Any:
     return trainer_settings(optional("trl", "train", "training").SFTConfig, job, out)
 
 
-def check_first(opened: ResolvedJob, config: Any) -> None:
+def check_first(opened: ResolvedJob, config: Any, evaluated: Examples | None) -> None:
     """Encode the first example; see `TrainerKind`."""
     model_config(opened.job.model)
     encoder_of(opened, config).encode(opened.data.examples[0])
@@ -58,8 +59,13 @@ def make_trainer(opened: ResolvedJob, config: Any, encoded: EncodedSplits) -> An
             train_dataset=_dataset(train),
             eval_dataset=None if held is None else _dataset(held),
             processing_class=_tokenizer(opened, config),
-            peft_config=None if job.lora is None else lora_config(job.lora, TASK_TYPE),
+            peft_config=None if job.lora is None else lora_of(job.lora, None),
         )
+
+
+def lora_of(lora: LoraSettings, model: Any, fresh: Sequence[str] = ()) -> Any:
+    """Return PEFT's configuration; see `TrainerKind`."""
+    return lora_config(lora, TASK_TYPE)
 
 
 def encode_data(opened: ResolvedJob, config: Any) -> EncodedSplits:

@@ -6,23 +6,23 @@ What the checkpoint lacks, the head above all, is drawn at random and then train
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from plait.errors import PlanError, RecipeError, TaskError
+from plait.errors import PlanError, TaskError
 from plait.extras import optional
 from plait.hub.pretrained import load_config, load_model, load_tokenizer, with_padding_token
+from plait.tasks.examples import Examples
 from plait.training.data import LoadedData
 from plait.training.encoding import EncodedData, EncodedSplits
 from plait.training.formats import Completion
-from plait.training.job import ResolvedJob, TrainingJob
-from plait.training.settings import lora_config, trainer_settings
+from plait.training.job import LoraSettings, ResolvedJob, TrainingJob
+from plait.training.settings import get_adapted, loading, lora_config, trainer_settings
 
-LOADER, TASK_TYPE = "AutoModelForSequenceClassification", "SEQ_CLS"
+LOADER, TASK_TYPE, PIPELINE = "AutoModelForSequenceClassification", "SEQ_CLS", None
 #: Heads that PEFT itself trains and saves completely.
 _HEADS = ("classifier", "score")
-_LOADING = ("dtype", "attn_implementation", "trust_remote_code")
 #: Argument of a classifier: the longest text in tokens.
 MAX_LENGTH = "max_length"
 _UNBOUNDED = 1_000_000  # tokenizers without a limit give 1e30
@@ -33,9 +33,14 @@ def make_trainer(opened: ResolvedJob, config: Any, encoded: EncodedSplits) -> An
     transformers = optional("transformers", "train", "training")
     (tokenizer, _), (train, held) = tokenizer_of(opened), encoded
     transformers.set_seed(config.seed)  # head and A are drawn below
-    model, fresh = _load(transformers, opened, tokenizer)
+    model, report = load_with_labels(getattr(transformers, LOADER), opened)
+    if model.config.pad_token_id is None:  # a decoder with a head looks for the last token that is not padding
+        model.config.pad_token_id = tokenizer.pad_token_id
+    lora, fresh = opened.job.lora, sorted({key.rpartition(".")[0] for key in report["missing_keys"]})
+    if lora is None:
+        raise AssertionError("checked before")
     return transformers.Trainer(
-        model=_with_lora(model, opened, fresh),
+        model=get_adapted(model, lora_of(lora, model, fresh), opened.job.base),
         args=config,
         train_dataset=list(train.items),
         eval_dataset=list(held.items) if held else None,
@@ -51,7 +56,7 @@ def settings_of(job: TrainingJob, out: Path) -> Any:
     return trainer_settings(kind, job.model_copy(update={"arguments": arguments}), out)
 
 
-def check_first(opened: ResolvedJob, config: Any) -> None:
+def check_first(opened: ResolvedJob, config: Any, evaluated: Examples | None) -> None:
     """Load the tokenizer; see `TrainerKind`."""
     tokenizer_of(opened)
 
@@ -60,7 +65,7 @@ def tokenizer_of(opened: ResolvedJob) -> tuple[Any, int | None]:
     """Return what tokenizes, and how many tokens a text may have: never more than the model can read."""
     optional("transformers", "train", "training")
     name, revision = opened.model
-    trust, folder = bool(_loading(opened.job.model).get("trust_remote_code", False)), opened.base.folder
+    trust, folder = bool(loading(opened.job.model).get("trust_remote_code", False)), opened.base.folder
     tokenizer = with_padding_token(load_tokenizer(name, revision=revision, trust_remote_code=trust, folder=folder))
     tokenizer.padding_side = "right"  # as evaluation reads texts
     config = load_config(name, revision=revision, trust_remote_code=trust, folder=folder)
@@ -68,22 +73,23 @@ def tokenizer_of(opened: ResolvedJob) -> tuple[Any, int | None]:
     return tokenizer, min((n for n in bounds if n is not None and 0 < n < _UNBOUNDED), default=None)
 
 
-def _loading(values: dict[str, Any]) -> dict[str, Any]:
-    unknown = [name for name in values if name not in _LOADING]
-    if unknown:
-        raise RecipeError(f"model: {', '.join(unknown)}: a classifier takes {', '.join(_LOADING)}.")
-    return values
+def load_with_labels(loader: Any, opened: ResolvedJob) -> tuple[Any, Mapping[str, Any]]:
+    """Return a model with a head of the job's labels, and what transformers reports of its loading.
 
+    Args:
+        loader: the Auto class.
+        opened: the job.
 
-def _load(transformers: Any, opened: ResolvedJob, tokenizer: Any) -> tuple[Any, list[str]]:
-    """Return the model with a head of the job's labels, and the modules that its checkpoint lacks."""
+    Raises:
+        PlanError: it cannot be loaded.
+    """
     labels = opened.job.labels or ()
     name, revision = opened.model
     names: dict[str, Any] = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
-    keywords: dict[str, Any] = {"dtype": "float32", **_loading(opened.job.model)}
+    keywords: dict[str, Any] = {"dtype": "float32", **loading(opened.job.model)}
     keywords["trust_remote_code"] = bool(keywords.get("trust_remote_code", False))
     model, report = load_model(
-        transformers.AutoModelForSequenceClassification,
+        loader,
         name,
         folder=opened.base.folder,
         revision=revision,
@@ -93,24 +99,17 @@ def _load(transformers: Any, opened: ResolvedJob, tokenizer: Any) -> tuple[Any, 
         **names,
         **keywords,
     )
-    if model.config.pad_token_id is None:  # a decoder with a head looks for the last token that is not padding
-        model.config.pad_token_id = tokenizer.pad_token_id
-    return model, sorted({key.rpartition(".")[0] for key in report["missing_keys"]})
+    return model, report
 
 
-def _with_lora(model: Any, opened: ResolvedJob, fresh: Sequence[str]) -> Any:
-    lora = opened.job.lora
-    if lora is None:
-        raise AssertionError("checked before")
+def lora_of(lora: LoraSettings, model: Any, fresh: Sequence[str] = ()) -> Any:
+    """Return PEFT's configuration, with what the checkpoint lacks saved; see `TrainerKind`."""
     own = (*(lora.modules_to_save or ()), *_HEADS)
     more = [path for path in fresh if not any(part in own for part in path.split("."))]
     saved = (*(lora.modules_to_save or ()), *more)
     config = lora_config(lora.model_copy(update={"modules_to_save": saved or None}), TASK_TYPE)
     config.exclude_modules = more or None  # what is trained completely needs no LoRA too
-    try:
-        return optional("peft", "train", "LoRA").get_peft_model(model, config)
-    except ValueError as error:
-        raise PlanError(f"{opened.job.base} cannot be trained so: {' '.join(str(error).split())}") from error
+    return config
 
 
 def encode_data(opened: ResolvedJob, config: Any) -> EncodedSplits:

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import get_args
+from typing import Literal, get_args
 
 from pydantic import Field
 
@@ -15,13 +15,13 @@ from plait.extras import optional
 from plait.folders import expanded
 from plait.recipes.evaluation import SplitName
 from plait.records import Record
-from plait.tasks.asking import LabelHead, Reading
+from plait.tasks.asking import ClassPrompts, LabelHead, Reading
 from plait.tasks.examples import read_examples
 from plait.tasks.inputs import Row
 from plait.tasks.loading import load_tasks
 from plait.tasks.rows import read_file, read_hub
 from plait.tasks.schema import Task
-from plait.training.formats import Completion, Conversation, FormatName, TrainingExample, convert_rows, digest_form
+from plait.training.formats import Completion, Conversation, FormatName, Perceived, TrainingExample, convert_rows, digest_form
 
 _ENDINGS = (".jsonl", ".json", ".csv", ".parquet")
 #: Where rows to measure the loss on are looked for where none are named: TRL's own choice first, training rows last.
@@ -165,12 +165,14 @@ def _chosen(split: str | tuple[str, ...], there: Sequence[str]) -> str:
 def training_problem(task: Task) -> str | None:
     """Return, in words, why adapters are not trained here for a task; None where they are."""
     second, seen = getattr(task, "second", None), getattr(task, "file_column", None)
-    if seen is None and (not isinstance(task.ask, Reading) or (type(task.ask) is LabelHead and second is None)):
+    if not isinstance(task.ask, Reading) or (type(task.ask) is LabelHead and second is None):
         return None
     what = "two texts with a label" if second is not None and type(task.ask) is LabelHead else f"kind {task.kind}"
+    if isinstance(task.ask, ClassPrompts):
+        what = "the texts of classes"
     return (
-        f"task {task.name!r}: training on {what} is not covered, only on a text with a label. Train this adapter with PEFT "
-        f"and merge it; {'' if seen is not None else 'calibration, '}evaluation and search have the task."
+        f"task {task.name!r}: training on {what} is not covered, only on a text, an image or a sound with a label. Train this "
+        f"adapter with PEFT and merge it; {'' if seen is not None else 'calibration, '}evaluation and search have the task."
     )
 
 
@@ -184,7 +186,10 @@ def _from_task(data: TrainingData, file: str) -> LoadedData:
     delimiter = getattr(task, "delimiter", "")
     examples: list[TrainingExample] = []
     for item in read_examples(task, split).items[: data.limit]:  # type: ignore[arg-type]
-        if isinstance(item.prompt, str):
+        if item.image is not None or item.audio is not None:
+            kind: Literal["image", "audio"] = "audio" if item.image is None else "image"
+            examples.append(Perceived(kind, item.image or item.audio or b"", item.target, item.text or ""))
+        elif isinstance(item.prompt, str):
             examples.append(Completion(item.prompt, delimiter + item.target))
         else:
             prompt = [{"role": role, "content": content} for role, content in item.messages or ()]

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from plait.errors import TaskError, collect
 from plait.hub.pretrained import refuse_failures
 from plait.tasks.chat import chat_text
-from plait.training.formats import Completion, Conversation, PlainText, TrainingExample, is_learned
+from plait.training.formats import Completion, Conversation, Perceived, PlainText, TrainingExample, is_learned
 
 IGNORED = -100
 LongExamples = Literal["drop", "truncate"]
@@ -41,13 +41,15 @@ class EncodedData:
     """All examples that are trained on, or that the loss is also measured on.
 
     Attributes:
-        items: in the examples' order: `Encoded`; of a classifier what its tokenizer gives, and `labels`.
-        lengths: tokens of each.
+        items: in the examples' order: `Encoded`; of a classifier what its tokenizer gives, and `labels`; of images and sounds
+            the file and its labels.
+        lengths: tokens of each; none where no text is read.
         limit: most tokens of one; None for any.
         left_out: examples longer than the limit, left out.
         truncated: examples that were cut to it.
         longest: tokens of the longest example before that.
         expanded: conversations that became one example per answer.
+        reasons: why images or sounds were left out.
     """
 
     items: tuple[Any, ...]
@@ -57,6 +59,7 @@ class EncodedData:
     truncated: int = 0
     longest: int = 0
     expanded: int = 0
+    reasons: tuple[str, ...] = ()
 
     @property
     def notes(self) -> list[str]:
@@ -110,6 +113,8 @@ class ExampleEncoder:
             return [self._item(ids, ids)]
         if isinstance(example, Completion):
             return [self._completion(example)]
+        if isinstance(example, Perceived):
+            raise TaskError(f"a language model reads no {example.kind}.")
         if self._tokenizer.chat_template is None:
             return [self._completion(_plain(example))]
         return self._conversation(example)

@@ -18,7 +18,6 @@ from plait.results.disk import free_space
 from plait.training.job import ResolvedJob
 from plait.training.kinds import KINDS
 from plait.training.preflight import ResolvedPhase
-from plait.training.settings import lora_config
 
 _MOMENTS = 2  # of Adam, per parameter
 _FLOAT32 = 4
@@ -174,6 +173,5 @@ def _count(opened: ResolvedJob, config: Any) -> tuple[int, int]:
         parameters = model.num_parameters()
         if opened.job.lora is None:
             return parameters, parameters
-        peft = optional("peft", "train", "LoRA")
-        adapted = peft.get_peft_model(model, lora_config(opened.job.lora, kind.TASK_TYPE))
+        adapted = optional("peft", "train", "LoRA").get_peft_model(model, kind.lora_of(opened.job.lora, model))
     return parameters, sum(p.numel() for p in adapted.parameters() if p.requires_grad)

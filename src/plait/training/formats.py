@@ -7,6 +7,7 @@ template.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -60,7 +61,24 @@ class PlainText:
     text: str
 
 
-TrainingExample: TypeAlias = Conversation | Completion | PlainText
+@dataclass(frozen=True)
+class Perceived:
+    """An image or a sound, and what is learned of it.
+
+    Attributes:
+        kind: which of them.
+        data: the encoded file.
+        target: a label, or a transcript.
+        before: what was spoken before a transcript; empty where nothing is given.
+    """
+
+    kind: Literal["image", "audio"]
+    data: bytes
+    target: str
+    before: str = ""
+
+
+TrainingExample: TypeAlias = Conversation | Completion | PlainText | Perceived
 
 
 @dataclass(frozen=True)
@@ -232,6 +250,8 @@ def digest_form(example: TrainingExample) -> Any:
     """Return an example as plain values, for hashing."""
     if isinstance(example, Conversation):
         return ["conversation", list(example.messages), example.given, example.tools]
+    if isinstance(example, Perceived):
+        return [example.kind, hashlib.sha256(example.data).hexdigest(), example.target, example.before]
     return ["completion", example.prompt, example.completion] if isinstance(example, Completion) else ["text", example.text]
 
 

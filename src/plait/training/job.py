@@ -20,12 +20,13 @@ from plait.hub.pretrained import damaged_files
 from plait.parsing import MAX_TEXT_BYTES
 from plait.records import Record
 from plait.results.digests import sha256
+from plait.tasks.asking import SpeechTask
 from plait.training.data import LoadedData, hold_out, load_data
 from plait.training.data import TrainingData as TrainingData
 from plait.training.encoding import LongExamples
 from plait.training.fingerprints import taken_once
 
-TrainingKind = Literal["causal", "sequence_classification"]
+TrainingKind = Literal["causal", "sequence_classification", "image_classification", "audio_classification", "speech_to_text"]
 
 #: What training needs, and what comes after it: a template of chats, an evaluation, a report.
 PACKAGES = ("trl", "transformers", "peft", "datasets", "accelerate", "jinja2")
@@ -95,9 +96,11 @@ class TrainingJob(Record):
         held_out: share of `data` kept for that instead; None for nothing.
         kind: which head the model has.
         labels: of a classifier, in the order of the head's outputs.
+        language: of the transcripts that are learned, for a model of many.
+        speech_task: whether they are of what is spoken, or in English.
         lora: None trains the complete model.
-        arguments: values of TRL's `SFTConfig` (`transformers.TrainingArguments` for classification), without `output_dir`
-            and `seed`.
+        arguments: values of TRL's `SFTConfig` (`transformers.TrainingArguments` for classification and speech), without
+            `output_dir` and `seed`.
         model: values of TRL's `ModelConfig` about loading: dtype, attn_implementation, load_in_4bit, ….
         long_examples: what becomes of examples of more than `max_length` tokens.
         seed: of data order, dropout and, unless there is a `lora.init_seed`, of A.
@@ -110,6 +113,8 @@ class TrainingJob(Record):
     held_out: float | None = Field(default=None, gt=0, lt=1)
     kind: TrainingKind = "causal"
     labels: tuple[str, ...] | None = None
+    language: str | None = None
+    speech_task: SpeechTask | None = None
     lora: LoraSettings | None = LoraSettings()
     arguments: dict[str, Any] = Field(default_factory=dict)
     model: dict[str, Any] = Field(default_factory=dict)
@@ -172,7 +177,8 @@ def resolve_job(job: TrainingJob) -> ResolvedJob:
     if job.held_out is not None:
         data, held = hold_out(data, job.held_out, job.seed)
     settings = job.model_dump(mode="json", exclude={"base", "base_name", "data", "eval_data", "arguments", "lora"})
-    parts = {name: _hash(value) for name, value in settings.items()}
+    later = ("language", "speech_task")  # a job without them has the digest that it had before there were such
+    parts = {name: _hash(value) for name, value in settings.items() if name not in later or value is not None}
     left_out = (
         NON_SEMANTIC_ARGUMENTS - _CHECKPOINT_KEYS if job.arguments.get("load_best_model_at_end") else NON_SEMANTIC_ARGUMENTS
     )
@@ -198,7 +204,7 @@ class TrainingRecord(Record):
         truncated: examples that were cut to it.
         trainable: parameters that were trained.
         steps: optimizer steps.
-        tokens: seen in training, padding left out.
+        tokens: seen in training, padding left out; not counted where images or sounds are.
         losses: (step, training loss) as logged.
         eval_losses: (step, loss on held-out data).
         seconds: wall time of training, in the run that ended it.

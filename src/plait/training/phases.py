@@ -80,7 +80,7 @@ class Phases(Record):
     lora: Annotated[LoraSettings, Field(description="One LoRA configuration for all phases.")] = LoraSettings()
     arguments: Annotated[
         dict[str, Any],
-        Field(description="Values of TRL's SFTConfig (transformers' TrainingArguments for classification)."),
+        Field(description="Values of TRL's SFTConfig (transformers' TrainingArguments for classification and speech)."),
     ] = Field(default_factory=dict)
     model: Annotated[dict[str, Any], Field(description="Values of TRL's ModelConfig about loading, such as dtype.")] = Field(
         default_factory=dict

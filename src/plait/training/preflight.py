@@ -9,7 +9,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -83,8 +83,8 @@ def resolve_phases(plan: TrainingPlan) -> tuple[ResolvedPhase, ...]:
     occupied: list[str] = []
     for index, phase in enumerate(plan.phases):
         # a column that is missing in what the phase is evaluated on must not be found after training
-        rows = None if phase.task is None else partial(read_examples, phase.task, plan.recipe.eval.split)
-        found, errors = resolve_phase(phase, force=True, also=rows)
+        evaluated = None if phase.task is None else cache(partial(read_examples, phase.task, plan.recipe.eval.split))
+        found, errors = resolve_phase(phase, force=True, also=evaluated)
         occupied += [text for key, text in errors if key == "folder"]
         problems += [(index, key, text) for key, text in errors if key != "folder"]
         if found is None:
@@ -93,7 +93,8 @@ def resolve_phases(plan: TrainingPlan) -> tuple[ResolvedPhase, ...]:
         if found.record is None and not errors:
             try:
                 with silence():
-                    KINDS[phase.job.kind].check_first(found.opened, found.settings)
+                    asked = None if evaluated is None else evaluated()
+                    KINDS[phase.job.kind].check_first(found.opened, found.settings, asked)
             except PlaitError as error:
                 problems.append((index, "arguments", str(error)))
     collect(OutputError, occupied, f"{plan.out} cannot take this run")

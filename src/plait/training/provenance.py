@@ -65,13 +65,14 @@ def _card(opened: ResolvedJob, record: TrainingRecord) -> str:
     if (name := job.base_name or opened.base.repo) is not None and name == base_name(name):
         front = {"base_model": name, **front}
     front |= {"library_name": "peft" if lora else "transformers"}
-    if job.kind == "causal":
-        front |= {"pipeline_tag": "text-generation"}
+    if (pipeline := KINDS[job.kind].PIPELINE) is not None:
+        front |= {"pipeline_tag": pipeline}
     what = "Full fine-tune" if lora is None else f"LoRA (r {lora.r}, alpha {lora.alpha:g})"
     source = prose(place_name(str(job.data.task or job.data.place)))
     lines = [
         f"- **Data**: {source}, {record.examples} examples; loss on {_learned(opened)}.",
-        f"- **Steps**: {record.steps}, {record.tokens} tokens, {record.trainable} trained parameters, seed {job.seed}.",
+        f"- **Steps**: {record.steps},{f' {record.tokens} tokens,' if record.tokens else ''} {record.trainable} trained "
+        f"parameters, seed {job.seed}.",
     ]
     lines += [f"- **Training loss**: {record.losses[0][1]:.4g} → {record.losses[-1][1]:.4g}."] if record.losses else []
     lines += [f"- **Loss on held-out data**: {record.eval_losses[-1][1]:.4g}."] if record.eval_losses else []
@@ -88,7 +89,9 @@ def _card(opened: ResolvedJob, record: TrainingRecord) -> str:
 
 
 def _learned(opened: ResolvedJob) -> str:
-    if opened.job.kind == "sequence_classification":
+    if opened.job.kind == "speech_to_text":
+        return "the transcripts"
+    if opened.job.labels is not None:
         return "the labels"
     arguments = opened.job.arguments
     all_tokens = arguments.get("completion_only_loss") is False and not arguments.get("assistant_only_loss")

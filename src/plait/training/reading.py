@@ -20,7 +20,8 @@ from plait.recipes.overrides import parse_override, set_values
 from plait.recipes.paths import Plain, get_item
 from plait.recipes.problems import Moves, Origins, Problem, show_value
 from plait.recipes.validation import check_recipe, validate
-from plait.tasks.asking import LabelHead
+from plait.tasks.asking import LabelHead, Transcribed
+from plait.tasks.inputs import FileColumn
 from plait.tasks.loading import load_task
 from plait.tasks.schema import Task
 from plait.training.classification import MAX_LENGTH
@@ -186,19 +187,19 @@ def _task_problems(phases: Phases, tasks: Mapping[int, Task]) -> Iterator[Proble
             yield from _splits_problems(i, phase, task, phases.eval.split)
             yield from _name_problems(i, phase, task, [t for t in tasks.values() if t is not task])
         elif phase.task is None and first is not None and _kind(first) != "causal":
-            yield Problem((PHASES, i, "data"), "a classifier learns from a task (labels and their order); give 'task'.")
+            yield Problem((PHASES, i, "data"), f"next to {first.kind}, only tasks are learned; give 'task'.")
         if task is not None and first is not None and _kind(task) != _kind(first):
             yield Problem(
                 (PHASES, i, "task"),
-                f"{task.name!r} is {task.kind}, {first.name!r} is {first.kind}: a classification head and a language model "
-                "are different models. Train them by files of their own.",
+                f"{task.name!r} is {task.kind}, {first.name!r} is {first.kind}: they are learned by different classes of "
+                "the base. Train them by files of their own.",
             )
 
 
 def _splits_problems(i: int, phase: Phase, task: Task, evaluated: str) -> Iterator[Problem]:
     data, there = phase.data or TrainingData(), join_words(task.split_names)
-    if data.place is not None and _kind(task) == "sequence_classification":
-        yield Problem((PHASES, i, "data", "place"), "a classifier learns from its task's own splits; give 'split' here.")
+    if data.place is not None and _kind(task) != "causal":
+        yield Problem((PHASES, i, "data", "place"), f"{task.kind} is learned from the task's own splits; give 'split' here.")
     if data.place is None and data.split not in task.split_names:
         text = f"task {task.name!r} has no split {data.split!r} to train on; it has {there}. Add it, or give 'data'."
         yield Problem((PHASES, i, "data" if phase.data else "task"), text)
@@ -219,7 +220,13 @@ def _name_problems(i: int, phase: Phase, task: Task, others: Sequence[Task]) -> 
 
 
 def _kind(task: Task) -> TrainingKind:
-    return "sequence_classification" if isinstance(task.ask, LabelHead) else "causal"
+    if isinstance(task.ask, Transcribed):
+        return "speech_to_text"
+    if not isinstance(task.ask, LabelHead):
+        return "causal"
+    column: FileColumn | None = getattr(task, "file_column", None)
+    kinds: dict[str, TrainingKind] = {"image": "image_classification", "audio": "audio_classification"}
+    return "sequence_classification" if column is None else kinds[column.kind]
 
 
 def _base(text: str, folder: Path) -> tuple[str, list[Problem]]:
@@ -263,6 +270,7 @@ def _job(phases: Phases, phase: Phase, task: Task | None, base: str, folder: Pat
     paths = {name: _path(arguments.get(name), folder) for name in _PATHS}
     arguments |= {name: str(path) for name, path in paths.items() if path is not None}
     head = task.ask if task is not None and isinstance(task.ask, LabelHead) else None
+    spoken = task.ask if task is not None and isinstance(task.ask, Transcribed) else None
     if head is not None and head.max_tokens is not None:
         arguments = {MAX_LENGTH: head.max_tokens, **arguments}  # learned as it is evaluated
     data = phase.data or TrainingData()
@@ -278,6 +286,8 @@ def _job(phases: Phases, phase: Phase, task: Task | None, base: str, folder: Pat
         eval_data=TrainingData(task=phase.task, split="validation") if watched else None,
         kind="causal" if task is None else _kind(task),
         labels=None if head is None else head.labels,
+        language=None if spoken is None else spoken.language,
+        speech_task=None if spoken is None else spoken.task,
         lora=lora,
         arguments=arguments,
         model=phases.model,

@@ -8,12 +8,13 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, get_args, get_type_hints
 
-from plait.errors import RecipeError, collect, did_you_mean
+from plait.errors import PlanError, RecipeError, collect, did_you_mean
 from plait.extras import optional
 from plait.recipes.problems import show_value
 from plait.training.job import LoraSettings, TrainingJob
 
 _PRECISION = ("bf16", "fp16")
+_LOADING = ("dtype", "attn_implementation", "trust_remote_code")
 _PLAIN: Mapping[Any, str] = {bool: "true or false", int: "an integer", float: "a number", NoneType: "null"}
 
 
@@ -94,12 +95,12 @@ def construct(kind: type, values: Mapping[str, Any]) -> Any:
         raise RecipeError(f"{kind.__name__}: {' '.join(str(error).split())}") from error
 
 
-def lora_config(lora: LoraSettings, task_type: str) -> Any:
+def lora_config(lora: LoraSettings, task_type: str | None) -> Any:
     """Return PEFT's configuration of an adapter.
 
     Args:
         lora: as asked for.
-        task_type: `CAUSAL_LM` or `SEQ_CLS`.
+        task_type: `CAUSAL_LM`, `SEQ_CLS`, or None: PEFT has none for images and sounds.
     """
     given = {"target_parameters": lora.target_parameters, "modules_to_save": lora.modules_to_save}
     return optional("peft", "train", "LoRA").LoraConfig(
@@ -112,6 +113,35 @@ def lora_config(lora: LoraSettings, task_type: str) -> Any:
         use_dora=lora.dora,
         **{name: list(value) for name, value in given.items() if value is not None},
     )
+
+
+def get_adapted(model: Any, config: Any, base: str) -> Any:
+    """Return a model with a new adapter.
+
+    Args:
+        model: of transformers.
+        config: PEFT's.
+        base: what the model is called, for messages.
+
+    Raises:
+        PlanError: PEFT finds no layer to adapt, or cannot adapt one.
+    """
+    try:
+        return optional("peft", "train", "LoRA").get_peft_model(model, config)
+    except ValueError as error:
+        raise PlanError(f"{base} cannot be trained so: {' '.join(str(error).split())}") from error
+
+
+def loading(values: dict[str, Any]) -> dict[str, Any]:
+    """Return how a job's model is loaded that TRL does not load.
+
+    Raises:
+        RecipeError: a value has another name than those that transformers itself takes.
+    """
+    unknown = [name for name in values if name not in _LOADING]
+    if unknown:
+        raise RecipeError(f"model: {', '.join(unknown)}: a classifier or speech model takes {', '.join(_LOADING)}.")
+    return values
 
 
 def has_accelerator() -> bool:
