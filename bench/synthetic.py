@@ -7,14 +7,13 @@ saves. Everything is a function of its seed and is made once per cache folder.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from shutil import rmtree
 
 LAYERS_PER_FILE = 5
 RANK = 64
-ALPHA = 64
 DECAY = 0.02  # the last column of B against the first
 CONFIG = {
     "hidden_size": 2048,
@@ -81,7 +80,7 @@ def make(materials: Materials, *, base: bool = True) -> None:
     if base:
         _once(materials.base, lambda place: _make_base(place, materials.layers))
     for seed, folder in enumerate(materials.adapters):
-        _once(folder, lambda place, seed=seed: _make_adapter(place, materials.layers, seed, materials.base))
+        _once(folder, lambda place, seed=seed: make_adapter(place, targets(materials.layers), seed, materials.base))
 
 
 def make_sharded_base(cache: Path, layers: int) -> Path:
@@ -163,24 +162,33 @@ def _make_sharded_base(place: Path, layers: int) -> None:
     config.save_pretrained(place)
 
 
-def _make_adapter(place: Path, layers: int, seed: int, base: Path) -> None:
+def make_adapter(place: Path, targets: Iterable[tuple[str, tuple[int, int]]], seed: int, base: Path, rank: int = RANK) -> None:
+    """Write an adapter into an empty folder.
+
+    Args:
+        place: the folder.
+        targets: module → (d_out, d_in).
+        seed: of the values.
+        base: the base model, as its configuration names it.
+        rank: of all modules; alpha equals it.
+    """
     import torch
     from safetensors.torch import save_file
 
     generator = torch.Generator().manual_seed(seed)
-    columns = DECAY ** (torch.arange(RANK) / (RANK - 1))
+    columns = DECAY ** (torch.arange(rank) / (rank - 1))
     tensors = {}
-    for target, (d_out, d_in) in targets(layers):
+    for target, (d_out, d_in) in targets:
         name = f"base_model.model.{target}"
-        tensors[f"{name}.lora_A.weight"] = torch.randn(RANK, d_in, generator=generator) * d_in**-0.5
-        tensors[f"{name}.lora_B.weight"] = torch.randn(d_out, RANK, generator=generator) * columns * 0.02
+        tensors[f"{name}.lora_A.weight"] = torch.randn(rank, d_in, generator=generator) * d_in**-0.5
+        tensors[f"{name}.lora_B.weight"] = torch.randn(d_out, rank, generator=generator) * columns * 0.02
     save_file(tensors, place / "adapter_model.safetensors", metadata={"format": "pt"})
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": str(base),
-        "r": RANK,
-        "lora_alpha": ALPHA,
+        "r": rank,
+        "lora_alpha": rank,
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": False,

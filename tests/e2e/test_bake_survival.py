@@ -32,7 +32,7 @@ NURSERY = """
 import json, os, resource, signal, sys, threading
 from collections import Counter
 import torch, plait, plait.commands.bake
-from plait.baking import journal, tensors
+from plait.baking import journal, writing
 one_at_a_time, steps = threading.Lock(), Counter()
 def step(name):
     with one_at_a_time:
@@ -47,7 +47,7 @@ def stepping(name, do):
         do(*rest, **more)
     return done
 journal.BakeJournal.finish = stepping("finish", journal.BakeJournal.finish)
-tensors.write_at = stepping("write", tensors.write_at)
+writing.write_at = stepping("write", writing.write_at)
 publish = journal.publish
 def publish_in_two_steps(*rest, **more):
     step("publish")

@@ -64,6 +64,23 @@ def test_only_what_is_whole_from_the_start_is_hashed(tmp_path):
     os.close(handle)
 
 
+def test_what_passes_in_order_is_not_read_again(tmp_path, monkeypatch):
+    """Pieces that come too early are read when it is their turn; one that was hashed in passing is not."""
+    data = random.Random(0).randbytes(40)
+    handle = os.open(tmp_path / "file", os.O_RDWR | os.O_CREAT)
+    digest, read = GrowingDigest(handle), []
+    preadv = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda h, buffers, at: (read.append((at, len(buffers[0]))), preadv(h, buffers, at))[1])
+    for start in (0, 20, 10, 30):
+        os.pwrite(handle, data[start : start + 10], start)
+        digest.passing(start, memoryview(data)[start : start + 10])
+        digest.written(start, 10)
+    assert not read
+    assert digest.finish(40) == hashlib.sha256(data).hexdigest()
+    assert read == [(20, 20)]
+    os.close(handle)
+
+
 def test_hashing_keeps_up_with_the_writing(tmp_path):
     """What is left for the end is no second pass over the file."""
     path = tmp_path / "file"

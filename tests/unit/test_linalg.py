@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -13,13 +14,37 @@ from plait.linalg import blocks
 from plait.linalg.blocks import RowBlocks, block_ranges
 from plait.linalg.elect import agreement, elect_sign, merge_agreeing
 from plait.linalg.factored import frobenius_inner, left_basis, orient
+from plait.linalg.finite import all_finite
 from plait.linalg.keyed import Key
+from plait.linalg.scratch import Scratch
 from plait.linalg.sparsify import drop_above, keep_at_least, kept_count, row_ranks
 from tests.every import every
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_one_entry_that_is_not_finite_is_seen_anywhere(dtype) -> None:
+    largest = torch.finfo(dtype).max
+    assert all_finite(torch.empty(0, dtype=dtype))
+    assert all_finite(torch.full((100,), largest, dtype=dtype))  # whose sum is infinite
+    for value in (math.nan, math.inf, -math.inf):
+        for place in (0, 1, 17, 63, 64, 98, 99):
+            x = normal(100).to(dtype)
+            x[place] = value
+            assert not all_finite(x), (value, place)
+
+
+def test_scratch_memory_is_the_same_for_a_name_and_a_thread() -> None:
+    scratch = Scratch()
+    first = scratch.take("a", torch.float32, 3, 4).fill_(1)
+    assert scratch.take("a", torch.bfloat16, 2).data_ptr() == first.data_ptr()
+    assert scratch.take("b", torch.float32, 12).data_ptr() != first.data_ptr()
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(lambda: scratch.take("a", torch.float32, 3).data_ptr()).result() != first.data_ptr()
+    assert scratch.take("a", torch.float32, 100).shape == (100,)
 
 
 @every(

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 
 from plait.baking.shards import OutShard
 from plait.checkpoints.checkpoint import BaseCheckpoint
@@ -45,6 +46,16 @@ class GrowingDigest:
             while self._mark in self._pieces:
                 self._mark = self._pieces.pop(self._mark)
 
+    def passing(self, start: int, data: memoryview) -> None:
+        """Hash bytes that were written at `start`, where all before them are hashed: they need not be read again."""
+        if self._position == start and self._hashing.acquire(blocking=False):
+            try:
+                if self._position == start:
+                    self._sha256.update(data)
+                    self._position += len(data)
+            finally:
+                self._hashing.release()
+
     def catch_up(self) -> None:
         """Hash what has become complete; returns at once when another thread is doing so."""
         if self._hashing.acquire(blocking=False):
@@ -71,11 +82,16 @@ class GrowingDigest:
 
 @contextmanager
 def base_digests(
-    checkpoint: BaseCheckpoint, shards: Sequence[OutShard]
+    checkpoint: BaseCheckpoint, shards: Sequence[OutShard], known: Mapping[Path, str]
 ) -> Iterator[Callable[[Mapping[str, str]], dict[str, str]]]:
     """Hash the base's files during the work, but for those whose sha256 is known without reading them.
 
     Known are those that the Hub's tools have noted, and those that are copied unchanged: they are their result.
+
+    Args:
+        checkpoint: the base.
+        shards: that are written.
+        known: file → sha256, of files that were hashed before.
 
     Yields:
         a function of the results' digests, file → sha256, that waits for the base's.
@@ -84,7 +100,7 @@ def base_digests(
     copied = {s.name for s in shards if leads.get(s.name) == s.lead and all(t.copied for t in s.tensors)}
     with ThreadPoolExecutor(1, "plait-sha256") as pool:
         files = [s.file.path for s in checkpoint.shards if s.name not in copied]
-        futures = {path: pool.submit(lambda p: fetched_sha256(p) or sha256(p), path) for path in files}
+        futures = {path: pool.submit(lambda p: known.get(p) or fetched_sha256(p) or sha256(p), path) for path in files}
         try:
             yield lambda results: {
                 s.source: results[s.name] if s.name in copied else futures[s.file.path].result() for s in checkpoint.shards

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -77,7 +77,7 @@ def plan_bake(
 
 
 @naming_its_file
-def run_bake(
+def run_bake(  # noqa: PLR0913 (all that a bake depends on)
     recipe: Recipe,
     options: BakeOptions | None = None,
     *,
@@ -88,6 +88,7 @@ def run_bake(
     moments: MomentsOf | None = None,
     progress: Progress | None = None,
     cluster: str | None = None,
+    known: Mapping[Path, str] | None = None,
 ) -> BakeResult:
     """Write base + merge as a full model.
 
@@ -104,12 +105,13 @@ def run_bake(
             beginning when it was killed, since it is not known whether the function is the same one.
         progress: receives the bytes done.
         cluster: address of the cluster on whose nodes files are made; this process when None.
+        known: input file → sha256, of those that were hashed just now.
 
     Raises:
         PlaitError: anything wrong with what the user gave; nothing is written at `out` then.
     """
     started = time.perf_counter()
-    options, threads = options or BakeOptions(), worker_count(workers)
+    options, threads, known = options or BakeOptions(), worker_count(workers), known or {}
     progress = progress or SilentProgress()
     with ExitStack() as stack:
         nodes = None if cluster is None else stack.enter_context(connected(cluster))
@@ -119,13 +121,14 @@ def run_bake(
         journal = stack.enter_context(open_journal(out, force=force))
         stack.enter_context(_explained(out, journal, len(bake.shards)))
         with ThreadPoolExecutor(min(4, len(bake.inventory.adapters)), "plait-sha256") as pool:
-            digests = list(pool.map(sha256, (a.file.path for a in bake.inventory.adapters)))
+            paths = [a.file.path for a in bake.inventory.adapters]
+            digests = list(pool.map(lambda path: known.get(path) or sha256(path), paths))
         digest = bake_digest(bake, digests, recipe_json(bake.recipe))
         journal.begin(digest)
         resumed = tuple(sorted(journal.finished))
         left = bake.plan.output_bytes - sum(size for size, _ in journal.finished.values())
         check_space(out, left, what="the model", on=journal.folder, advice="--dtype bfloat16")
-        with base_digests(bake.checkpoint, bake.shards) as digests_of_base:
+        with base_digests(bake.checkpoint, bake.shards, known) as digests_of_base:
             if nodes is not None:
                 shards = write_on_nodes(nodes, bake, digest, journal, threads=workers, progress=progress)
             else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from plait.adapters.lowrank import LowRank
@@ -16,9 +16,11 @@ from plait.checkpoints.checkpoint import BaseCheckpoint
 from plait.deferred import Tensor, torch
 from plait.errors import PlanError
 from plait.linalg.finite import all_finite
-from plait.tensorfiles.blocks import tensor_block_ranges, write_at
+from plait.linalg.scratch import Scratch
+from plait.tensorfiles.blocks import tensor_block_ranges
 from plait.tensorfiles.reader import torch_dtype
 
+Writer = Callable[[int, Tensor], None]  # puts values at a place in a file
 Adder = Callable[[Tensor, int], None]  # adds to the rows of a block that starts at a row
 
 
@@ -30,20 +32,21 @@ class ShardTensorBuilder:
         checkpoint: the base.
         device: where blocks are added up.
         scratch: folder for what is too large for memory.
+        memory: of blocks.
     """
 
     checkpoint: BaseCheckpoint
     device: torch.device
     scratch: Path
+    memory: Scratch = field(default_factory=Scratch, repr=False)
 
-    def make(self, tensor: OutTensor, merges: Mapping[str, ModuleMerge], handle: int, advance: Callable[[int], None]) -> None:
-        """Write one tensor into an open file.
+    def make(self, tensor: OutTensor, merges: Mapping[str, ModuleMerge], write: Writer) -> None:
+        """Write one tensor into a file.
 
         Args:
             tensor: what to make.
             merges: of its targets.
-            handle: of the file.
-            advance: called with the number of bytes written.
+            write: puts values at a place in the file; their memory is used again when it has returned.
 
         Raises:
             PlanError: a value is NaN or infinite.
@@ -55,11 +58,9 @@ class ShardTensorBuilder:
         exact = torch.float64 if wide else torch.float32
         with ExitStack() as stack:
             adders = [*self._ranges(tensor, merges, exact, stack), *self._biases(tensor, merges)]
-            self._write(tensor, adders, exact, handle, advance)
+            self._write(tensor, adders, exact, write)
 
-    def _write(
-        self, tensor: OutTensor, adders: Sequence[Adder], exact: torch.dtype, handle: int, advance: Callable[[int], None]
-    ) -> None:
+    def _write(self, tensor: OutTensor, adders: Sequence[Adder], exact: torch.dtype, write: Writer) -> None:
         rows, columns = self._matrix(tensor)
         dtype = torch_dtype(tensor.dtype)
         position = tensor.start
@@ -67,12 +68,17 @@ class ShardTensorBuilder:
             block = self._base(tensor, start * columns, (stop - start) * columns, exact).view(-1, columns)
             for add in adders:
                 add(block, start)
-            out = block.to(dtype).cpu()
+            out = self._rounded(block, dtype)
             if not all_finite(out):
                 self._check(tensor, block)
-            write_at(handle, position, out)
+            write(position, out)
             position += out.nbytes
-            advance(out.nbytes)
+
+    def _rounded(self, block: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return a block in the dtype that is written, here."""
+        if block.dtype == dtype or self.device.type != "cpu":
+            return block.to(dtype).cpu()
+        return self.memory.take("rounded", dtype, *block.shape).copy_(block)
 
     def _matrix(self, tensor: OutTensor) -> tuple[int, int]:
         """Return the rows × columns that a tensor is seen as: a convolution's kernel belongs to its columns."""
@@ -86,7 +92,7 @@ class ShardTensorBuilder:
         return math.prod(shape[:-1]), shape[-1]
 
     def _base(self, tensor: OutTensor, first: int, count: int, dtype: torch.dtype) -> Tensor:
-        """Return values that deltas are added to, flat, in memory of their own; trained token rows are among them.
+        """Return values that deltas are added to, flat, in memory that the next call uses again; with trained token rows.
 
         Raises:
             AdapterError: the base cannot be read.
@@ -96,8 +102,11 @@ class ShardTensorBuilder:
             found = replaced.values(first, count, dtype).clone().to(self.device)
         elif tensor.source is None:
             raise AssertionError(f"{tensor.name!r} has no values")
+        elif self.device.type == "cpu":
+            found = self.memory.take("block", dtype, count)
+            self.checkpoint.fill(found, tensor.source, first, self.memory)
         else:
-            found = self.checkpoint.values(tensor.source, first, count).to(self.device).to(dtype)
+            found = self.checkpoint.values(tensor.source, first, count).to(self.device).to(dtype)  # as narrow as it is stored
         if tokens is not None:
             width = tensor.shape[-1]
             for number, row in enumerate(tokens.indices):

@@ -17,12 +17,13 @@ from plait.baking.digests import GrowingDigest
 from plait.baking.shards import OutShard, OutTensor
 from plait.baking.tensors import ShardTensorBuilder
 from plait.checkpoints.checkpoint import BaseCheckpoint
+from plait.deferred import Tensor
 from plait.errors import AdapterError, PlanError
 from plait.merging.combine import Combiner
 from plait.merging.inventory import Inventory
 from plait.results.progress import Progress
 from plait.results.threads import one_thread_each
-from plait.tensorfiles.blocks import CopySourceError, copy_range
+from plait.tensorfiles.blocks import CopySourceError, bytes_of, copy_range, write_at
 from plait.tensorfiles.reader import TensorFile, check_unchanged
 
 _RUN = 1 << 26  # bytes that one thread copies at a time; a long run is shared
@@ -120,7 +121,7 @@ class ShardWriter:
 
     def _run_job(self, job: _Job, one: _Open) -> None:
         """Do one job of a file, and hash as far as the file is complete now."""
-        job.do(one.handle)
+        job.do(one)
         for start, count in job.pieces:
             one.digest.written(start, count)
         one.digest.catch_up()
@@ -169,12 +170,18 @@ class ShardWriter:
         ]
         return sorted(jobs, key=lambda job: job.pieces)
 
-    def _make_tensor(self, tensors: Sequence[OutTensor], handle: int) -> None:
+    def _make_tensor(self, tensors: Sequence[OutTensor], one: _Open) -> None:
+        def write(position: int, values: Tensor) -> None:
+            data = bytes_of(values)
+            write_at(one.handle, position, data)
+            one.digest.passing(position, data)
+            self._advance(len(data))
+
         targets = tensors[0].change.targets
         merges = {t: ModuleMerge(self.combiner, self.inventory, t) for t in targets}
         for tensor in tensors:
             try:
-                self.builder.make(tensor, merges, handle, self._advance)
+                self.builder.make(tensor, merges, write)
             except _StoppedError:
                 raise
             except PlanError as error:
@@ -184,11 +191,11 @@ class ShardWriter:
                 error.add_note(f"while baking tensor {tensor.name!r}")
                 raise
 
-    def _copy(self, run: _Run, handle: int) -> None:
+    def _copy(self, run: _Run, one: _Open) -> None:
         try:
             with run.file.path.open("rb", buffering=0) as source:
                 check_unchanged(source.fileno(), run.file)
-                copy_range(source.fileno(), run.start, handle, run.position, run.count, self._advance)
+                copy_range(source.fileno(), run.start, one.handle, run.position, run.count, self._advance)
         except CopySourceError as error:
             raise AdapterError(f"{run.file.path}: {error}. Fetch the base model again.") from None
 
@@ -197,7 +204,7 @@ class ShardWriter:
 class _Job:
     """Work on an open file, and the pieces (start, bytes) that it fills."""
 
-    do: Callable[[int], None]
+    do: Callable[[_Open], None]
     pieces: tuple[tuple[int, int], ...]
 
 

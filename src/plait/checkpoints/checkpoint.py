@@ -18,6 +18,7 @@ from plait.deferred import Tensor
 from plait.errors import AdapterError, PlanError, collect, listed
 from plait.hub.download import COMPANION_FILES, MODEL_FILES, Located, resolve_model
 from plait.hub.pretrained import damaged_files
+from plait.linalg.scratch import Scratch
 from plait.notices import announce
 from plait.parsing import open_bytes
 from plait.tensorfiles.formats import open_tensors
@@ -217,6 +218,10 @@ class BaseCheckpoint:
             AdapterError: the file ends early or cannot be read.
         """
         return self.home[tensor].file.values(tensor, first, count)
+
+    def fill(self, out: Tensor, tensor: str, first: int, scratch: Scratch) -> None:
+        """Put the values of a tensor from the value `first` on into `out`, flat, in its dtype; see `TensorFile.fill`."""
+        self.home[tensor].file.fill(out, tensor, first, scratch)
 
     def _without_copies(self) -> BaseCheckpoint:
         """Return the checkpoint without further names of a stored tensor that the model's code ties to it anyway.

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import statistics
-import threading
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from functools import cached_property
@@ -23,6 +22,7 @@ from plait.adapters.names import layer_key
 from plait.deferred import Tensor, np, torch
 from plait.linalg.bits import different, packed, shared
 from plait.linalg.factored import rank_for_energy
+from plait.linalg.scratch import Scratch
 from plait.results.threads import one_thread_each
 
 SymmetricMatrix = tuple[tuple[float | None, ...], ...]  # (T, T); None where a value is not defined
@@ -219,14 +219,11 @@ def _whitener(values: Tensor, vectors: Tensor) -> Tensor:
     return whitener
 
 
-class _Blocks(threading.local):
-    """Passes over the entries of deltas in tiles, through one buffer per thread.
-
-    New memory for every tile would cost more than the arithmetic on it.
-    """
+class _Blocks:
+    """Passes over the entries of deltas in tiles."""
 
     def __init__(self) -> None:
-        self._buffer = torch.empty(0)
+        self._scratch = Scratch()
 
     def sums(self, parts: Sequence[LowRank]) -> tuple[Tensor, Tensor, Tensor]:
         """Return ⟨sign x, sign y⟩, ⟨|x|, |y|⟩ and the number of entries non-zero in both, each (T, T), float64.
@@ -237,7 +234,7 @@ class _Blocks(threading.local):
         opposed, nonzero = (np.zeros((count, count), dtype=np.int64) for _ in range(2))
         magnitude = torch.zeros(count, count, dtype=torch.float64)
         for rows, columns in _tiles(m, n, count):
-            x = self._scratch(parts[0].a.dtype, count, rows.stop - rows.start, columns.stop - columns.start)
+            x = self._scratch.take("tiles", parts[0].a.dtype, count, rows.stop - rows.start, columns.stop - columns.start)
             for t, part in enumerate(parts):
                 torch.mm(part.b[rows], part.a[:, columns], out=x[t])
             x = x.flatten(1)
@@ -253,12 +250,6 @@ class _Blocks(threading.local):
                 nonzero += shared(present)
                 opposed += different(negative, present)
         return torch.from_numpy(nonzero - 2 * opposed).double(), magnitude, torch.from_numpy(nonzero).double()
-
-    def _scratch(self, dtype: torch.dtype, *shape: int) -> Tensor:
-        size = math.prod(shape)
-        if self._buffer.dtype != dtype or len(self._buffer) < size:
-            self._buffer = torch.empty(size, dtype=dtype)
-        return self._buffer[:size].view(shape)
 
 
 def _tiles(m: int, n: int, count: int) -> Iterator[tuple[slice, slice]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -93,7 +93,7 @@ def plan_recipe(
 
 
 @naming_its_file
-def run_recipe(
+def run_recipe(  # noqa: PLR0913 (all that a merge depends on)
     recipe: Recipe,
     *,
     folder: Path | None = None,
@@ -104,6 +104,7 @@ def run_recipe(
     base_folder: Path | None = None,
     moments: MomentsOf | None = None,
     notes: tuple[str, ...] = (),
+    known: Mapping[Path, str] | None = None,
 ) -> MergeResult:
     """Do what a recipe says.
 
@@ -117,6 +118,7 @@ def run_recipe(
         base_folder: of the base model, where its name does not lead there.
         moments: second moments of inputs, in place of files that the recipe names.
         notes: on the result, in addition to the plan's.
+        known: input file → sha256, of those that were hashed just now.
 
     Raises:
         PlaitError: anything wrong with what the user gave; nothing is left under `out` then.
@@ -132,6 +134,7 @@ def run_recipe(
                 base_folder=base_folder,
                 moments=moments,
                 notes=notes,
+                known=known,
             )
     started = time.perf_counter()
     workers = worker_count(workers)
@@ -141,7 +144,7 @@ def run_recipe(
         check_space(out, plan.output_bytes, what="the result", advice="--rank, --dtype bfloat16")
     engine = Engine(inventory, plan, workers=workers, progress=progress or SilentProgress())
     with staged(out, force=force) as place, ThreadPoolExecutor(1, "plait-sha256") as pool:
-        digests = pool.submit(input_digests, inventory).result  # hashed during the work
+        digests = pool.submit(input_digests, inventory, known).result  # hashed during the work
         combiner = engine.prepare()
         modules, rank, written = _write(inventory, plan, engine, combiner, place)
         record = _record(inventory, plan, combiner, modules, rank, digests(), started)

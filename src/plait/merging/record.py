@@ -68,13 +68,19 @@ class RunRecord(Viewed, OlderKeysDropped):
     seconds: float
 
 
-def input_digests(inventory: Inventory) -> dict[Path, str]:
-    """Return sha256 of the large files that a merge reads: adapters, second moments, the base model; several at a time."""
+def input_digests(inventory: Inventory, known: Mapping[Path, str] | None = None) -> dict[Path, str]:
+    """Return sha256 of the large files that a merge reads: adapters, second moments, the base model; several at a time.
+
+    Args:
+        inventory: what is merged.
+        known: file → sha256, of files that need not be hashed.
+    """
+    known = known or {}
     paths = [a.file.path for a in inventory.adapters]
     paths += [file.path for file in inventory.moments.files.values()] if inventory.moments is not None else []
     paths += weight_files(inventory.base_located.folder) if inventory.base_located is not None else []
     with ThreadPoolExecutor(_HASHED_AT_ONCE, "plait-sha256") as pool:
-        return dict(zip(paths, pool.map(sha256, paths), strict=True))
+        return dict(zip(paths, pool.map(lambda path: known.get(path) or sha256(path), paths), strict=True))
 
 
 def sources(inventory: Inventory, digests: list[str]) -> tuple[dict[str, Any], ...]:

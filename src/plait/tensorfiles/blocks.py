@@ -28,11 +28,13 @@ def tensor_block_ranges(rows: int, columns: int) -> Iterator[tuple[int, int]]:
         yield start, min(rows, start + step)
 
 
-def write_at(handle: int, position: int, tensor: Tensor) -> None:
-    """Write a tensor's bytes at a place in an open file."""
-    if not tensor.numel():
-        return
-    view = memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+def bytes_of(tensor: Tensor) -> memoryview:
+    """Return a tensor's bytes, in its own memory where that is in order."""
+    return memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else b"")
+
+
+def write_at(handle: int, position: int, view: memoryview) -> None:
+    """Write bytes at a place in an open file."""
     while view:
         done = os.pwrite(handle, view, position)
         view, position = view[done:], position + done

@@ -9,6 +9,7 @@ from typing import ClassVar
 
 from plait.deferred import Tensor, torch
 from plait.errors import AdapterError
+from plait.linalg.scratch import Scratch
 from plait.tensorfiles.header import BITS, FileState, TensorInfo, read_header, state_of
 
 DTYPES = {
@@ -78,6 +79,20 @@ class TensorFile:
         info = self.tensors[name]
         size = info.nbytes // max(1, math.prod(info.shape))
         return self._values(name, info.start + first * size, count * size)
+
+    def fill(self, out: Tensor, name: str, first: int, scratch: Scratch) -> None:
+        """Put the values of a tensor from the value `first` on into `out`, flat, which says how many, in its dtype.
+
+        Args:
+            out: of any dtype.
+            name: of the tensor.
+            first: value of it.
+            scratch: memory in which bytes may be read; `read` is what it keeps there.
+
+        Raises:
+            AdapterError: as `read`.
+        """
+        out.copy_(self.values(name, first, len(out)))
 
     def is_zero(self, name: str) -> bool:
         """Return whether every value of a tensor of floats is 0; errors as `read`."""
@@ -154,6 +169,16 @@ class SafetensorsFile(TensorFile):
         self.tensors = header.tensors
         self.metadata = header.metadata
         self.state = header.state
+
+    def fill(self, out: Tensor, name: str, first: int, scratch: Scratch) -> None:
+        """Put values of a tensor into `out`, without new memory; see `TensorFile.fill`."""
+        info = self.tensors[name]
+        if not self.is_in_order(name) or info.dtype not in DTYPES:
+            super().fill(out, name, first, scratch)
+            return
+        data = scratch.take("read", torch_dtype(info.dtype), len(out))
+        _fill(data.view(torch.uint8).numpy().data, self, name, info.start + first * data.itemsize)
+        out.copy_(data)
 
     def is_zero(self, name: str) -> bool:
         """Return whether every value of a tensor of floats is 0, which needs no torch; errors as `read`."""

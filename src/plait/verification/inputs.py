@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,11 +37,19 @@ class InputCheck(Record):
 
 @dataclass(frozen=True)
 class FoundInput:
-    """An input on this machine: its folder, or the file that it is, and its second moments where the merge used them."""
+    """An input on this machine.
+
+    Attributes:
+        folder: of it.
+        moments: its second moments, where the merge used them.
+        file: the file in the folder that it is; None where it is the folder.
+        digests: file → sha256, of those that are as the lock has them.
+    """
 
     folder: Path
     moments: Path | None
     file: str | None = None
+    digests: Mapping[Path, str] = field(default_factory=dict)
 
     @property
     def path(self) -> Path:
@@ -85,11 +93,12 @@ def check_inputs(folder: Path, lock: Lock, given: Mapping[str, str]) -> tuple[tu
             continue
         moments = _moments(folder, entry) if name not in given else _moments(folder, entry, place)
         differing = [f for f, digest in entry.files.items() if _digest(place / f) != digest]
+        equal = {place / f: digest for f, digest in entry.files.items() if f not in differing}
         if moments is not None and entry.moments is not None and _digest(moments) != entry.moments.sha256:
             differing.append(moments.name)
         state: Literal["equal", "changed"] = "changed" if differing else "equal"
         checks.append(InputCheck(name=name, path=path, state=state, detail=", ".join(differing)))
-        found[name] = FoundInput(place, moments, located.file)
+        found[name] = FoundInput(place, moments, located.file, equal)
     return tuple(checks), found
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -20,7 +20,7 @@ from plait.merging.pipeline import run_recipe
 from plait.recipes.schema import Recipe
 from plait.records import Record
 from plait.results.digests import sha256
-from plait.results.lock import CARD, LEARNED_RECIPE, LEARNED_START, LOCK, Lock
+from plait.results.lock import CARD, LEARNED_RECIPE, LEARNED_START, LOCK, Lock, read_lock
 from plait.results.progress import Progress
 from plait.tensorfiles.reader import SafetensorsFile
 from plait.verification.inputs import BASE, FoundInput
@@ -74,11 +74,13 @@ def rebuild(lock: Lock, inputs: Mapping[str, FoundInput], out: Path, workers: in
         return
     recipe = located_recipe(lock, inputs)
     base = inputs[BASE].path if BASE in inputs else None
+    known = {path: digest for found in inputs.values() for path, digest in found.digests.items()}
     if lock.kind == "bake":
         options = BakeOptions.model_validate(lock.options)
-        run_bake(recipe.model_copy(update={"base_model": str(base)}), options, out=out, workers=workers, progress=progress)
+        based = recipe.model_copy(update={"base_model": str(base)})
+        run_bake(based, options, out=out, workers=workers, progress=progress, known=known)
         return
-    run_recipe(recipe, out=out, workers=workers, progress=progress, base_folder=base)
+    run_recipe(recipe, out=out, workers=workers, progress=progress, base_folder=base, known=known)
 
 
 def located_recipe(lock: Lock, inputs: Mapping[str, FoundInput], name: str = LOCK) -> Recipe:
@@ -107,19 +109,29 @@ def located_recipe(lock: Lock, inputs: Mapping[str, FoundInput], name: str = LOC
         ) from None
 
 
-def compare_rebuilt(folder: Path, rebuilt: Path, lock: Lock) -> tuple[RebuiltFile, ...]:
+def compare_rebuilt(folder: Path, rebuilt: Path, lock: Lock, unchanged: Collection[str]) -> tuple[RebuiltFile, ...]:
     """Compare what was made again with the lock; the card, which names places and versions, is not compared.
 
-    Nor is what a tuning learned: its recipe is made again, not the learning of it.
+    Nor is what a tuning learned: its recipe is made again, not the learning of it. Files are not hashed again: the lock of what
+    was made again has the hashes that were taken as it was written.
+
+    Args:
+        folder: with the lock.
+        rebuilt: what was made again.
+        lock: of the folder.
+        unchanged: files of the folder that are as the lock has them.
     """
+    again = read_lock(rebuilt).outputs
     here = set(entries(rebuilt))
     not_compared = {"plait.lock", "merge_metadata.json", "summary.json", "calibration.json", CARD}
     learned = {n for n in lock.outputs if n in _LEARNED or n.startswith(f"{LEARNED_START}/")} if lock.kind == "tune" else set()
     names = sorted((here | {*lock.outputs}) - not_compared - learned)
-    return tuple(_compared(folder, rebuilt, name, lock.outputs.get(name)) for name in names)
+    return tuple(
+        _compared(folder, rebuilt, name, lock.outputs.get(name), again.get(name), unchanged=name in unchanged) for name in names
+    )
 
 
-def _compared(folder: Path, rebuilt: Path, name: str, digest: str | None) -> RebuiltFile:
+def _compared(folder: Path, rebuilt: Path, name: str, digest: str | None, known: str | None, *, unchanged: bool) -> RebuiltFile:
     again = rebuilt / name
     if digest is None:
         return RebuiltFile(name=name, state="extra")
@@ -130,8 +142,8 @@ def _compared(folder: Path, rebuilt: Path, name: str, digest: str | None) -> Reb
     except OSError:
         own = None
     # as locked: here, or where it was published
-    equal = sha256(again) == digest or (name.endswith((".json", ".safetensors")) and public_digest(again) == digest)
-    if own is None or not name.endswith(".safetensors") or (equal and sha256(own) == digest):
+    equal = (known or sha256(again)) == digest or (name.endswith((".json", ".safetensors")) and public_digest(again) == digest)
+    if own is None or not name.endswith(".safetensors") or (equal and unchanged):
         return RebuiltFile(name=name, state="equal" if equal else "differs")
     # also where it comes out as locked and the folder's own was changed since: how far it is from it
     found = _differences(name, own, again)

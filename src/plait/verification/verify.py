@@ -92,7 +92,7 @@ def verify_folder(
                     rebuild(lock, found, out, workers, progress or SilentProgress())
                 else:
                     again_by(lock, folder, found, out, workers, progress or SilentProgress())
-                rebuilt = compare_rebuilt(folder, out, lock)
+                rebuilt = compare_rebuilt(folder, out, lock, {f.name for f in files if f.state == "equal"})
             except PlaitError as error:
                 reason = f"it cannot be made again: {error}"
     return Verification(
