@@ -33,8 +33,8 @@ def make(layers: int, cache: str, base: bool) -> dict[str, Any]:  # noqa: FBT001
     return {}
 
 
-def plait_merge(adapters: list[str], out: str, settings: dict[str, Any]) -> dict[str, Any]:
-    """Merge with plait."""
+def plait_merge(adapters: list[str], out: str, settings: dict[str, Any], repeat: int = 1) -> dict[str, Any]:
+    """Merge with plait; `busy` is the CPU time of the quickest of `repeat` merges, without what only a first one imports."""
     import torch  # noqa: F401 (the baseline)
 
     with measured() as everything:
@@ -43,7 +43,18 @@ def plait_merge(adapters: list[str], out: str, settings: dict[str, Any]) -> dict
 
         with measured() as work:
             result = plait.merge(dict(zip("ab", adapters, strict=True)), out=out, force=True, **settings)
-    return {"all": asdict(everything), "work": asdict(work), "rank": result.record.rank, "kept": result.record.kept}
+    busy = [work.cpu_seconds]
+    for _ in range(repeat - 1):
+        start = time.process_time()
+        plait.merge(dict(zip("ab", adapters, strict=True)), out=out, force=True, **settings)
+        busy.append(time.process_time() - start)
+    return {
+        "all": asdict(everything),
+        "work": asdict(work),
+        "busy": min(busy),
+        "rank": result.record.rank,
+        "kept": result.record.kept,
+    }
 
 
 def peft_merge(base: str, adapters: list[str], out: str) -> dict[str, Any]:
@@ -72,11 +83,12 @@ def peft_modules(
     import torch
     from safetensors.torch import save_file
 
-    seconds, tensors = {}, {}
+    seconds, cpu_seconds, tensors = {}, {}, {}
     for module in modules:
         factors = [_factors(a, module) for a in adapters]
         model = _one_linear(factors)
         runs: list[float] = []
+        busy = time.process_time()
         while not runs or (runs[0] < SHORT and len(runs) < 3):
             model.delete_adapter("merged") if runs else None
             start = time.perf_counter()
@@ -85,12 +97,25 @@ def peft_modules(
             )
             runs.append(time.perf_counter() - start)
         seconds[module] = statistics.median(runs)
+        cpu_seconds[module] = (time.process_time() - busy) / len(runs)
         layer = model.base_model.model.linear
         for part, held in (("lora_A", layer.lora_A), ("lora_B", layer.lora_B)):
             tensors[f"{_path(module)}.{part}.weight"] = held["merged"].weight.detach().to(torch.float32).contiguous()
     Path(out).mkdir(parents=True, exist_ok=True)
     save_file(tensors, Path(out) / WEIGHTS_FILE)
-    return {"seconds": seconds}
+    return {"seconds": seconds, "cpu_seconds": cpu_seconds}
+
+
+def make_module(folder: str, module: str, shape: tuple[int, int]) -> dict[str, Any]:
+    """Make two adapters of one module."""
+    import synthetic
+
+    return {"adapters": [str(p) for p in synthetic.make_module(Path(folder), module, (shape[0], shape[1]))]}
+
+
+def energies(folders: list[str], module: str) -> dict[str, Any]:
+    """Return the squared norm of every adapter's delta of a module of layer 0."""
+    return {"energies": [float(_dense(folder, module).square().sum()) for folder in folders]}
 
 
 def compare(left: str, right: str, modules: list[str]) -> dict[str, Any]:
@@ -398,6 +423,8 @@ JOBS: dict[str, Callable[..., dict[str, Any]]] = {
         bake_hashes,
         compare_models,
         make,
+        make_module,
+        energies,
         plait_merge,
         peft_merge,
         peft_modules,

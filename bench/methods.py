@@ -1,8 +1,9 @@
-"""plait's merges on factors compared with the papers' dense algorithms: `python bench/methods.py [--limit S] [--markdown]`.
+"""plait's merges compared with the papers' dense algorithms, and with PEFT: `python bench/methods.py [--limit S] [--markdown]`.
 
 Eight random adapters of rank 16 for one module, float64 on both sides so that results can be compared, one thread, CPU seconds.
 The dense algorithm starts from dense deltas, plait from factors. A dense run that would take longer than the limit, judged by
-the cube of the dimensions, is left out, with a note. Results go to `bench/results/methods.json` too.
+the cube of the dimensions, is left out, with a note. Then TIES on the dense deltas of two float32 adapters with a truncation:
+plait's merge of files against PEFT's `ties_svd` (`--dense` does only this). Results go to `bench/results/methods.json` too.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ SIZES = (1024, 4096)
 SHAPE = {"adapters": 8, "rank": 16}
 GROWTH = {"m": 2048, "n": 2048, "adapters": 4, "rank": 16}
 QUICKER, ERROR = 100, 1e-6
+DENSE = ((4096, 4096), (11008, 4096))
+DENSE_RANK, DENSE_QUICKER = 64, 50
 MB = 1e6
 
 
@@ -90,6 +93,46 @@ class Bench:
         ours, dense = (torch.load(self.folder / f"{side}.pt") for side in ("plait", "dense"))
         return float((ours - dense).abs().max() / dense.abs().max())
 
+    def beside_peft(self) -> Section:
+        """Compare TIES on dense deltas, truncated to a rank."""
+        section = Section(
+            f"TIES on dense deltas, two adapters of rank {DENSE_RANK}, truncated to {DENSE_RANK}, one module",
+            ("plait", "PEFT `ties_svd`", "times quicker", "plait's energy over PEFT's"),
+        )
+        module, first = "mlp.up_proj", 0.0
+        for m, n in DENSE:
+            adapters = run_job("make_module", folder=str(self.folder / f"{m}-{n}"), module=module, shape=[m, n])["adapters"]
+            ours, theirs = str(self.folder / f"plait-{m}-{n}"), str(self.folder / f"peft-{m}-{n}")
+            settings = {"method": "ties_svd", "density": 0.2, "rank": DENSE_RANK, "workers": 1}
+            merged = run_job("plait_merge", adapters=adapters, out=ours, settings=settings, repeat=4)
+            self.raw[f"ties_svd {m} {n} plait"], seconds = merged, merged["busy"]
+            print(f"[{time.perf_counter() - self._started:4.0f} s] plait ties_svd {m} {n}: {seconds:.3f} s", file=sys.stderr)
+            expected = first * max(m, n) ** 3 / DENSE[0][0] ** 3
+            if expected > self.limit:
+                cells = (_time(seconds), f"~{_time(expected)}", f"~{expected / seconds:.0f} ×", "not compared")
+                section.rows.append(Row(f"{m} × {n}", cells))
+                continue
+            found = run_job(
+                "peft_modules",
+                adapters=adapters,
+                out=theirs,
+                modules=[module],
+                combination_type="ties_svd",
+                rank=DENSE_RANK,
+                density=0.2,
+            )
+            self.raw[f"ties_svd {m} {n} peft"] = found
+            dense = found["cpu_seconds"][module]
+            first = first or dense
+            kept = run_job("energies", folders=[ours, theirs], module=module)["energies"]
+            ratio, share = dense / seconds, kept[0] / kept[1]
+            cells = (_time(seconds), _time(dense), f"{ratio:.0f} ×", f"{share:.4f}")
+            section.rows.append(Row(f"{m} × {n}", cells, f"≥ {DENSE_QUICKER} ×", ratio >= DENSE_QUICKER))
+        section.notes.append(
+            "CPU time of a merge from file to file, the quickest of 4, and of PEFT's `add_weighted_adapter` alone."
+        )
+        return section
+
     def growth(self) -> Section:
         """Time plait while one of m, n, T and r doubles."""
         start = " × ".join(str(GROWTH[k]) for k in ("m", "n"))
@@ -122,11 +165,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--limit", type=float, default=60, help="leave out dense runs expected to take longer (seconds)")
     parser.add_argument("--markdown", action="store_true", help="print the tables for a README")
+    parser.add_argument("--dense", action="store_true", help="only TIES on dense deltas, against PEFT")
     arguments = parser.parse_args()
     machine = report.machine()
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Path(folder), arguments.limit)
-        sections = [bench.beside_dense(), bench.growth()]
+        sections = [] if arguments.dense else [bench.beside_dense(), bench.growth()]
+        sections.append(bench.beside_peft())
     report.conclude(RESULTS, machine, sections, bench.raw, quick=False, as_markdown=arguments.markdown)
 
 

@@ -130,9 +130,9 @@ def _ties(x: Tensor) -> Tensor:
     """Keep the largest entries of each adapter, elect signs, average; the same code on both sides."""
     import torch
 
-    from plait.linalg.elect import agreement, elect_sign, merge_agreeing
+    from plait.linalg.elect import elect_sign, merge_agreeing
     from plait.linalg.sparsify import keep_at_least
 
     count = max(1, int(DENSITY * x[0].numel()))
     trimmed = keep_at_least(x, x.abs().flatten(1).kthvalue(x[0].numel() - count + 1).values)
-    return merge_agreeing(trimmed, agreement(trimmed, elect_sign(trimmed, "total")), torch.ones(len(x)), "count")
+    return merge_agreeing(trimmed, trimmed, elect_sign(trimmed, "total"), torch.ones(len(x)), "count")

@@ -83,6 +83,14 @@ def make(materials: Materials, *, base: bool = True) -> None:
         _once(folder, lambda place, seed=seed: make_adapter(place, targets(materials.layers), seed, materials.base))
 
 
+def make_module(folder: Path, name: str, shape: tuple[int, int]) -> tuple[Path, Path]:
+    """Make two adapters of one module of layer 0, of any shape; return their folders."""
+    pair = (folder / "adapter-0", folder / "adapter-1")
+    for seed, place in enumerate(pair):
+        _once(place, lambda place, seed=seed: make_adapter(place, [(f"model.layers.0.{name}", shape)], seed, Path("base")))
+    return pair
+
+
 def make_sharded_base(cache: Path, layers: int) -> Path:
     """Make a base model of the same shapes in files of about 0.5 GB, written layer by layer; return its folder."""
     folder = cache / f"qwen3-1.7b-{layers}-layers-sharded"

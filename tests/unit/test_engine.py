@@ -68,8 +68,9 @@ def test_an_error_in_what_follows_names_the_module(tmp_path, four_threads):
         ({}, 1),
         ({"method": "linear", "space": "factors"}, 1),
         ({"method": "ties", "space": "factors"}, 1),  # PEFT's TIES, whose threshold is each module's own
-        ({"method": "ties", "space": "core"}, 3),  # the survey's two, and the merge
-        ({"method": "ties", "space": "core", "rank": "energy:0.9"}, 4),
+        ({"method": "ties", "space": "delta"}, 3),  # the survey's two, and the merge
+        ({"method": "ties", "space": "delta", "rank": "energy:0.9"}, 4),
+        ({"method": "ties", "space": "core", "rank": "energy:0.9"}, 1),  # what was made of them is kept
         ({"method": "tsv"}, 1),
     ],
     ids=str,

@@ -153,17 +153,16 @@ def test_merge_agreeing(divisor, expected) -> None:
     x = torch.tensor([[[4.0, 1.0]], [[2.0, 1.0]], [[9.0, 1.0]]], dtype=torch.float64)
     agrees = torch.tensor([[[True, False]], [[True, False]], [[False, False]]])
     weights = torch.tensor([1.0, 2.0, 5.0], dtype=torch.float64)
-    found = merge_agreeing(x, agrees, weights, divisor)
+    found = merge_agreeing(x, agrees.to(x.dtype), torch.ones_like(x[0]), weights, divisor)
     torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64))
     assert torch.equal(x[0], torch.tensor([[4.0, 1.0]], dtype=torch.float64))
 
 
 def test_weights_that_cancel_do_not_divide() -> None:
     x = torch.ones(3, 1, 1)
-    agrees = torch.ones(3, 1, 1, dtype=torch.bool)
-    found = merge_agreeing(x, agrees, torch.tensor([0.1, 0.2, -0.3], dtype=torch.float64), "weight")
+    found = merge_agreeing(x, x, x[0], torch.tensor([0.1, 0.2, -0.3], dtype=torch.float64), "weight")
     assert abs(found.item()) < 1e-6
-    small = merge_agreeing(x, torch.tensor([True, False, False]).view(3, 1, 1), torch.tensor([1e-9, 1.0, 1.0]), "weight")
+    small = merge_agreeing(x, torch.tensor([1.0, 0.0, 0.0]).view(3, 1, 1), x[0], torch.tensor([1e-9, 1.0, 1.0]), "weight")
     assert small.item() == pytest.approx(1.0)
 
 
@@ -215,8 +214,9 @@ def test_block_ranges_cover_every_row_once(m, n, elements) -> None:
     assert all((stop - start) * n <= max(n, elements) for start, stop in ranges)
 
 
-@pytest.mark.parametrize("hold", [0, 1 << 20])
-def test_row_blocks_are_the_matrix(monkeypatch, hold) -> None:
+@pytest.mark.parametrize(("hold", "kept"), [(0, 0), (24, 2), (1 << 20, 4)])
+def test_row_blocks_are_the_matrix(monkeypatch, hold, kept) -> None:
+    """What is kept are whole blocks, of which there are four."""
     monkeypatch.setattr(blocks, "MATRIX_BLOCK_ELEMENTS", 12)
     monkeypatch.setattr(blocks, "HOLD_ELEMENTS", hold)
     x, calls = normal(7, 5), []
@@ -230,7 +230,11 @@ def test_row_blocks_are_the_matrix(monkeypatch, hold) -> None:
     torch.testing.assert_close(matrix.matmul(normal(5, 3)), x @ normal(5, 3))
     torch.testing.assert_close(matrix.rmatmul(normal(7, 3)), x.mT @ normal(7, 3))
     assert matrix.energy() == pytest.approx(float((x**2).sum()))
-    assert calls == [(0, 2), (2, 4), (4, 6), (6, 7)] * (1 if hold else 4)
+    ranges = [(0, 2), (2, 4), (4, 6), (6, 7)]
+    assert calls == ranges + ranges[kept:] * 3
+    matrix.release()
+    assert torch.equal(matrix.dense(), x)
+    assert len(calls) == 4 + 3 * (4 - kept) + 4
     assert torch.equal(matrix.scaled(-2).dense(), x * -2)
     assert matrix.scaled(1) is matrix
 
@@ -246,6 +250,12 @@ def test_row_blocks_refuse_other_shapes_and_dtypes(monkeypatch, hold, wrong, tex
     x = normal(8, 5)
     with pytest.raises(ValueError, match=text):
         RowBlocks((8, 5), lambda start, stop: wrong(x[start:stop]), torch.float64).dense()
+
+
+@pytest.mark.parametrize("size", [1e-30, 1.0, 1e30])
+def test_the_energy_of_what_has_no_square_in_float32(size) -> None:
+    x = (normal(30, 20) * size).float()
+    assert RowBlocks((30, 20), lambda i, j: x[i:j], torch.float32).energy() == pytest.approx(float(x.double().square().sum()))
 
 
 @pytest.mark.parametrize("stride", [2, 5, 100])

@@ -1,7 +1,7 @@
 """A matrix that exists only as blocks of rows, and what can be learned of it by passing over them.
 
-`RowBlocks` is how a dense m × n delta is handled without holding it: every pass computes the blocks anew (or keeps them,
-when the complete matrix is small). The truncated SVD is a subspace iteration fed by such passes.
+`RowBlocks` is how a dense m × n delta is handled: its first rows, up to a fixed number of entries, are computed once and kept,
+and every pass computes those beyond anew. The truncated SVD is a subspace iteration fed by such passes.
 """
 
 from __future__ import annotations
@@ -15,20 +15,22 @@ from plait.linalg.keyed import Key, normal
 
 RangeHint = Callable[[Tensor], Tensor]
 
-MATRIX_BLOCK_ELEMENTS = 1 << 17  # rows per block × columns: with a handful of temporaries of its size it stays in the cache
+MATRIX_BLOCK_ELEMENTS = 1 << 19  # rows per block × columns: enough rows that products of factors run at full speed
+CACHED_ELEMENTS = 1 << 18  # work on single entries takes so many at a time, over all adapters: they stay in the cache
 _CHANCE = 1e-3  # share of the random part in a sketch that has a hint
 _OVERSAMPLE = 16  # extra columns of a sketch
 _TOLERANCE = 0.01  # share of its error that an iteration of the SVD must gain for another one
-HOLD_ELEMENTS = 1 << 24  # a matrix up to 64 MiB (float32) is computed once and kept in memory
+HOLD_ELEMENTS = 1 << 26  # so much of a matrix is computed once and kept: 256 MiB in float32, any projection of an 8B model
+_SAFE = 1e-20  # a sum of squares in float32 below this may have lost some of them
 
 
 class RowBlocks:
-    """An m × n matrix given by a function of a range of rows.
+    """An m × n matrix given by a function of a range of rows. The first `HOLD_ELEMENTS` entries are computed once and kept.
 
     Args:
         shape: (m, n).
-        rows: `rows(start, stop)` returns the rows [start, stop), (stop − start, n). It must be pure: it is called again in
-            every pass.
+        rows: `rows(start, stop)` returns the rows [start, stop), (stop − start, n). It must be pure: what is not kept is
+            computed again in every pass.
         dtype: of the blocks.
         range_hint: x (n, k) ↦ Nᵀ N x, (n, k), of a matrix N whose leading row space is believed to be near this one's. It
             spares `truncated_svd` iterations when that is so and costs one when it is not.
@@ -45,7 +47,8 @@ class RowBlocks:
         self.dtype = dtype
         self.range_hint = range_hint
         self._rows = rows
-        self._in_memory: Tensor | None = None
+        self._held: Tensor | None = None  # the first rows
+        self._held_energy = 0.0
         self._energy: float | None = None
 
     def __iter__(self) -> Iterator[tuple[int, Tensor]]:
@@ -54,19 +57,33 @@ class RowBlocks:
         Raises:
             ValueError: `rows` returned another shape or dtype.
         """
-        m, n = self.shape
-        if self._in_memory is None and m * n <= HOLD_ELEMENTS:
-            rows = torch.empty(m, n, dtype=self.dtype)
-            for start, block in self._compute():
-                rows[start : start + len(block)] = block
-            self._in_memory = rows
-        if self._in_memory is not None:
-            yield 0, self._in_memory
-        else:
-            yield from self._compute()
+        held = self._hold()
+        if len(held):
+            yield 0, held
+        yield from self._compute(len(held), self.shape[0])
 
-    def _compute(self) -> Iterator[tuple[int, Tensor]]:
-        for start, stop in block_ranges(*self.shape):
+    def release(self) -> None:
+        """Give up the rows that are kept; they are computed again when they are wanted."""
+        self._held = None
+
+    def _hold(self) -> Tensor:
+        """Return the rows that are kept; made, and their squares summed, the first time."""
+        if self._held is None:
+            m, n = self.shape
+            step = _rows_per_block(n)
+            # whole blocks: others would be computed with other round-off
+            kept = m if m * n <= HOLD_ELEMENTS else HOLD_ELEMENTS // (step * n) * step
+            held, squares = torch.empty(kept, n, dtype=self.dtype), []
+            for start, block in self._compute(0, kept):
+                held[start : start + len(block)] = block
+                squares.append(_energy(block))
+            self._held, self._held_energy = held, sum(squares)
+        return self._held
+
+    def _compute(self, first: int, end: int) -> Iterator[tuple[int, Tensor]]:
+        """Yield the blocks of the rows [first, end), which begin and end where blocks do."""
+        for start, stop in block_ranges(end - first, self.shape[1]):
+            start, stop = start + first, stop + first
             block = self._rows(start, stop)
             if block.shape != (stop - start, self.shape[1]):
                 raise ValueError(f"rows {start}:{stop} of {self.shape}: the block has shape {tuple(block.shape)}")
@@ -98,10 +115,18 @@ class RowBlocks:
     def energy(self) -> float:
         """Return the squared Frobenius norm; not finite when, and for float32 only when, an entry is not. Computed once."""
         if self._energy is None:
-            step = _rows_per_block(self.shape[1])  # a matrix in memory, too, goes through the cache piece by piece
-            pieces = (piece for _, block in self for piece in torch.split(block, step))
-            self._energy = sum(float(torch.linalg.vector_norm(p, dtype=torch.float64)) ** 2 for p in pieces)
+            rest = self._compute(len(self._hold()), self.shape[0])
+            self._energy = self._held_energy + sum(_energy(block) for _, block in rest)
         return self._energy
+
+
+def _energy(block: Tensor) -> float:
+    """Return the sum of the squares: in the block's dtype along a row, or in float64 where that is too little or too much."""
+    if block.dtype == torch.float32:
+        squares = float(torch.linalg.vector_norm(block, dim=1).double().square().sum())
+        if _SAFE < squares < math.inf:
+            return squares
+    return float(torch.linalg.vector_norm(block, dtype=torch.float64)) ** 2
 
 
 def block_ranges(m: int, n: int, stride: int = 1) -> Iterator[tuple[int, int]]:

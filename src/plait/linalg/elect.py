@@ -5,7 +5,6 @@ Masks are numbers, 0 and 1, in the dtype of what they mask: arithmetic on them i
 
 from __future__ import annotations
 
-from functools import reduce
 from typing import Literal
 
 from plait.deferred import Tensor, torch
@@ -22,36 +21,48 @@ def elect_sign(x: Tensor, vote: Vote) -> Tensor:
         x: (T, p, q).
         vote: `total` weighs every voter by its magnitude (TIES, Algorithm 1), `frequency` counts heads.
     """
-    total: Tensor = reduce(torch.add, x if vote == "total" else x.sign())
-    return total.sign()
+    if len(x) == 1:
+        return x[0].sign()
+    voices = x if vote == "total" else x.sign()
+    total = voices[0] + voices[1]
+    for more in voices[2:]:
+        total.add_(more)
+    return total.sign_()
 
 
-def agreement(voters: Tensor, sign: Tensor) -> Tensor:
-    """Return 1 for voters (T, p, q) that agree with the elected sign (p, q), else 0; a zero never agrees."""
-    return (voters * sign).clamp_min_(0).sign_()
+def agreement(voters: Tensor, sign: Tensor, out: Tensor | None = None) -> Tensor:
+    """Return 1 for voters (…, p, q) that agree with the elected sign (p, q), else 0; a zero never agrees."""
+    return torch.mul(voters, sign, out=out).clamp_min_(0).sign_()
 
 
-def merge_agreeing(x: Tensor, agrees: Tensor, weights: Tensor, divisor: Divisor) -> Tensor:
-    """Sum `weights[t] · x[t]` over the adapters that agree, over what `divisor` says.
+def merge_agreeing(x: Tensor, voters: Tensor, sign: Tensor, weights: Tensor, divisor: Divisor) -> Tensor:
+    """Sum `weights[t] · x[t]` over the adapters that agree with the elected sign, over what `divisor` says.
 
     Args:
         x: (T, p, q).
-        agrees: (T, p, q), 0 or 1.
+        voters: (T, p, q): an adapter agrees where its voter has the sign.
+        sign: (p, q), in {−1, 0, 1}.
         weights: (T,).
         divisor: `count` of the agreeing adapters, their summed `weight`, or `none`. Weights that cancel do not divide.
 
     Returns:
         (p, q); 0 where none agrees.
     """
-    masks = agrees.to(x.dtype)
-    total = torch.zeros_like(x[0])
-    for value, mask, weight in zip(x, masks, weights.tolist(), strict=True):
-        total.addcmul_(value, mask, value=weight)
+    total, agrees = torch.zeros_like(x[0]), torch.empty_like(sign)
+    share = torch.zeros_like(total)  # the number of those that agree, or the sum of their weights
+    size = torch.zeros_like(total) if divisor == "weight" else None
+    for value, voter, weight in zip(x, voters, weights.tolist(), strict=True):  # one mask at a time: all stay in the cache
+        agreement(voter, sign, out=agrees)
+        total.addcmul_(value, agrees, value=weight)
+        if size is not None:
+            share.add_(agrees, alpha=weight)
+            size.add_(agrees, alpha=abs(weight))
+        elif divisor == "count":
+            share.add_(agrees)
     if divisor == "none":
         return total
-    if divisor == "count":
-        return total.div_(reduce(torch.add, masks).clamp_min(1))
-    share, size = weighted_sum(masks, weights), weighted_sum(masks, weights.abs())
+    if size is None:
+        return total.div_(share.clamp_min_(1))
     canceled = share.abs().sub_(size, alpha=_CANCELED).le_(0)
     return total.div_(share.mul_(1 - canceled).add_(canceled))
 

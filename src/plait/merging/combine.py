@@ -10,7 +10,7 @@ from functools import cache, cached_property, partial
 from plait.adapters.lowrank import LowRank
 from plait.deferred import Tensor, torch
 from plait.errors import PlanError
-from plait.linalg.blocks import RowBlocks, block_ranges
+from plait.linalg.blocks import CACHED_ELEMENTS, RowBlocks, block_ranges
 from plait.linalg.keyed import Key
 from plait.merging.kept import FRAME_BYTES, KeptResults
 from plait.merging.module_notes import ModuleNotes
@@ -203,7 +203,15 @@ class Combiner:
         return frame.lift(merged)
 
     def _rows(self, block: Callable[[int, int], Block]) -> Callable[[int, int], Tensor]:
-        return lambda start, stop: self.pipeline.combine_block(block(start, stop))
+        def rows(start: int, stop: int) -> Tensor:
+            whole = block(start, stop)
+            adapters, _, columns = whole.x.shape
+            step = max(1, CACHED_ELEMENTS // (adapters * max(1, columns)))
+            parts = [replace(whole, x=whole.x[:, i : i + step], start=start + i) for i in range(0, stop - start, step)]
+            merged = [self.pipeline.combine_block(part) for part in parts]
+            return merged[0] if len(merged) == 1 else torch.cat(merged)
+
+        return rows
 
     def _blocks(self, module: str, index: int, array: Array, statistics: tuple[Tensor, ...]) -> Callable[..., Block]:
         key = Key(self.recipe.seed)

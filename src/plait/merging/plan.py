@@ -332,7 +332,7 @@ def _peak_bytes(inventory: Inventory, pipeline: Pipeline, modules: Sequence[Modu
         if not pipeline.low_rank(inventory.recipe.space_name):
             entries = m.shape[0] * m.shape[1]
             sketch = 4 * both * min((m.rank or 0) + 32, min(m.shape))
-            values += min(entries, HOLD_ELEMENTS) + 6 * adapters * min(entries, MATRIX_BLOCK_ELEMENTS) + sketch
+            values += min(entries, HOLD_ELEMENTS) + 3 * adapters * min(entries, MATRIX_BLOCK_ELEMENTS) + sketch
         elif not pipeline.is_linear:
             values += 4 * adapters * m.exact_rank * both
         if pipeline.needs_moments and inventory.moments is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -26,6 +27,8 @@ from plait.recipes.request import read_request
 from plait.recipes.schema import Recipe
 from plait.results.progress import Progress, SilentProgress
 from plait.results.threads import worker_count
+
+_KEPT_ENTRIES = 1 << 24  # of a larger dense delta nothing is kept until it acts: all modules wait for that in memory
 
 
 def merged_modules(
@@ -162,6 +165,9 @@ def _recipe(source: Any, settings: Mapping[str, Any]) -> tuple[Recipe, Path | No
 
 def _rounded(module: MergedModule, recipe: Recipe) -> MergedModule:
     dtype = output_dtype(recipe.output.dtype)
+    for matrix in module.dense or ():
+        if math.prod(matrix.shape) > _KEPT_ENTRIES:
+            matrix.release()
     if module.factors is None or dtype == module.factors.slices[0].a.dtype:
         return module
 

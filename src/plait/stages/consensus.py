@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from plait.deferred import Tensor, torch
-from plait.linalg.elect import agreement, elect_sign, merge_agreeing
+from plait.linalg.elect import elect_sign, merge_agreeing
 from plait.records import Record
 from plait.stages.base import Block, EntryCombine, Scope, StageParams, Survey, register_stage
 from plait.stages.surveys import sums
@@ -49,7 +49,7 @@ class ElectByEnergy(ElectByEnergyFields, StageParams, EntryCombine):
         sign = elect_sign(x, "total")
         if self.zero_sign == "plus":
             sign = torch.where(sign == 0, 1, sign)
-        return merge_agreeing(x, agreement(x, sign), share, "weight" if self.divisor == "share" else "none")
+        return merge_agreeing(x, x, sign, share, "weight" if self.divisor == "share" else "none")
 
 
 class ConsensusFields(Record):

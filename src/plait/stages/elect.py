@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from plait.deferred import Tensor
-from plait.linalg.elect import Divisor, Vote, agreement, elect_sign, merge_agreeing
+from plait.linalg.elect import Divisor, Vote, elect_sign, merge_agreeing
 from plait.records import Record
 from plait.stages.base import Block, EntryCombine, Scope, StageParams, Survey, register_stage
 from plait.stages.surveys import total
@@ -59,7 +59,7 @@ class Elect(ElectFields, StageParams, EntryCombine):
             sign = _untied(sign, 1.0)
         elif self.zero_sign == "majority":
             sign = _untied(sign, float(block.statistics[0].sign()))
-        return merge_agreeing(block.x, agreement(voters, sign), block.weights, self.divisor)
+        return merge_agreeing(block.x, voters, sign, block.weights, self.divisor)
 
     def _voters(self, block: Block) -> Tensor:
         return block.x * block.weights.to(block.x.dtype).view(-1, 1, 1) if self.weighted_vote else block.x

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from plait.adapters.lowrank import LowRank
 from plait.deferred import Tensor, torch
-from plait.linalg.elect import agreement, elect_sign, merge_agreeing
+from plait.linalg.elect import elect_sign, merge_agreeing
 from plait.linalg.factored import ThinSVD
 from plait.linalg.sparsify import keep_at_least, kept_count
 from plait.linalg.spectral import numerical_rank, polar, smooth_spectrum
@@ -109,8 +109,8 @@ class Cover(CoverFields, StageParams, DeltaCombine):
             return LowRank.zero(site.shape, site.deltas[0].a.dtype)
         spectra = [x.s if self.rho is None else smooth_spectrum(x.s, self.rho) for x in svds]
         cores = torch.stack([self._kept((u.mT @ x.u * s) @ (x.vh @ v), len(s)) for x, s in zip(svds, spectra, strict=True)])
-        elected = agreement(cores, elect_sign(cores, "total"))
-        merged = merge_agreeing(cores, elected, torch.ones(len(cores), dtype=cores.dtype), "count")  # (R, R)
+        sign = elect_sign(cores, "total")
+        merged = merge_agreeing(cores, cores, sign, torch.ones(len(cores), dtype=cores.dtype), "count")  # (R, R)
         blocks = torch.block_diag(*(torch.ones(len(x.s), len(x.s), dtype=cores.dtype) for x in svds))  # type: ignore[no-untyped-call]
         return joint.lift_dense(u @ (merged * blocks) @ v.mT)
 
