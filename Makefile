@@ -101,6 +101,7 @@ bench: $(VENV)/.dev
 	$(BIN)/python bench/methods.py
 	$(BIN)/python bench/bake.py
 	$(BIN)/python bench/train.py
+	$(BIN)/python bench/scale.py
 
 docs: $(VENV)/.dev
 	$(BIN)/python docs/generate.py

@@ -8,8 +8,10 @@ layers. A bake of Llama 3.1 405B on nodes is arithmetic from the measured rates.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,6 +102,7 @@ FITTED = (
     Point(SMALL, 2, 256),
 )
 PREDICTED = (Point(LLAMA_8B, 2, 64), Point(LLAMA_70B, 2, 64))
+MANY = Point(QWEN, 16, 64)  # inspected only
 #: Terms of a layer's time, in 10⁹; R = T r.
 TERMS: dict[str, dict[str, Callable[[Point], float]]] = {
     "linear": {"R Σ(m+n)": lambda p: p.count * p.rank * p.model.edges},
@@ -141,7 +144,7 @@ class Bench:
             "ties, delta": {"method": "ties", "density": 0.2, "space": "delta", "rank": point.rank},
         }
         for work in WORKS:
-            if work == "ties, delta" and point.model.d > LLAMA_8B.d:
+            if (work == "ties, delta" and point.model.d > LLAMA_8B.d) or (work != "inspect" and point == MANY):
                 continue
             merge = work in settings
             given = {**settings[work], "out": str(self.folder / "out"), "force": True} if merge else {}
@@ -240,8 +243,10 @@ class Bench:
             self.raw[f"bake; {model.name}"] = usage
         section.notes.append("With the sha256 of base, adapters and result. Anonymous memory; mapped files are not counted.")
         yield section
-        rate = found[LLAMA_8B]["cpu_seconds"] / (2 * LLAMA_8B.entries)
-        yield _on_nodes(rate)
+        rate, hashing = found[LLAMA_8B]["cpu_seconds"] / (2 * LLAMA_8B.entries), _hashing()
+        self.raw["seconds per byte"] = {"bake": rate, "sha256": hashing}
+        yield _on_one(rate)
+        yield _on_nodes(rate, hashing)
 
     def _bake(self, model: Model) -> Usage:
         import torch
@@ -258,28 +263,47 @@ class Bench:
         return used
 
 
-def _on_nodes(rate: float) -> Section:
-    """Return what a bake of the 405B model takes on nodes: the larger of processors and storage.
+def _hashing() -> float:
+    """Return the seconds of sha256 per byte, on one thread."""
+    data = bytes(1 << 28)
+    start = time.process_time()
+    hashlib.sha256(data)
+    return (time.process_time() - start) / len(data)
+
+
+def _on_one(rate: float) -> Section:
+    """Return what bakes of complete models take of a processor, at CPU seconds per byte."""
+    section = Section("Bakes of complete models, extrapolated by bytes from 8B's layer", ("bytes", "CPU"))
+    for model in (QWEN, LLAMA_8B, LLAMA_70B, LLAMA_405B):
+        section.rows.append(Row(model.name, (_size(model.bytes), _time(rate * model.bytes))))
+    return section
+
+
+def _on_nodes(rate: float, hashing: float) -> Section:
+    """Return what a bake of the 405B model takes on nodes: what is slowest of processors, one file's hash and storage.
 
     Args:
         rate: CPU seconds per byte of the model.
+        hashing: of sha256.
     """
-    model, shards = LLAMA_405B, 191
-    size, cores = model.bytes, 16
+    model, shards, cores = LLAMA_405B, 191, 16
+    size = model.bytes
     section = Section(
-        f"{model.name}: {_size(size)} in {shards} files on nodes of {cores} cores",
-        ("CPU", "storage 2 GB/s", "storage 20 GB/s", "files per node"),
+        f"{model.name} on nodes of {cores} cores: {_size(size)} in {shards} files",
+        ("files per node", "nodes' work", "storage 2 GB/s", "storage 20 GB/s", "20 GB/s, base hashed"),
     )
     for nodes in (1, 4, 16, 64):
         turns = -(-shards // nodes)  # a node makes one file at a time
-        compute = rate * size / shards * turns / cores
-        cells = [_time(compute)]
-        cells += [_time(max(compute, 2 * size / (bandwidth * GB))) for bandwidth in (2, 20)]
-        section.rows.append(Row(f"{nodes} node" + "s" * (nodes > 1), (*cells, str(turns))))
+        work = turns * size / shards * max(rate / cores, hashing)
+        slow, fast = (max(work, 2 * size / (bandwidth * GB)) for bandwidth in (2, 20))
+        hashed = max(work, 3 * size / (20 * GB), hashing * size)
+        cells = (str(turns), *(_time(t) for t in (work, slow, fast, hashed)))
+        section.rows.append(Row(f"{nodes} node" + "s" * (nodes > 1), cells))
     section.notes.append(
-        f"Arithmetic, not a run: {rate * GB:.1f} CPU seconds per GB as measured at 8B's layer, all cores of a node on one "
-        "file; the base is read once and the result written once, at the storage's bandwidth in total. A base whose sha256 is "
-        "not noted is read a second time, by the driver, at one thread's rate."
+        f"Arithmetic, not a run, from {rate * GB:.1f} CPU seconds per GB of a bake and {hashing * GB:.2f} of sha256. A node "
+        "makes a file with all its cores, and hashes it on one, in order. The base is read once and the result written once, "
+        "at the storage's bandwidth in total. A base whose sha256 is not noted is read again, and hashed by the driver on one "
+        "thread."
     )
     return section
 
@@ -302,7 +326,7 @@ def main() -> None:
     """Parse arguments, measure, report."""
     options = report.arguments(__doc__, "the smallest layers", cache=False)
     machine = report.machine()
-    points = FITTED[:2] if options.quick else (*FITTED, *PREDICTED)
+    points = FITTED[:2] if options.quick else (*FITTED, MANY, *PREDICTED)
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Path(folder), points)
         sections = list(bench.run())

@@ -26,9 +26,9 @@ from plait.linalg.scratch import Scratch
 from plait.results.threads import one_thread_each
 
 SymmetricMatrix = tuple[tuple[float | None, ...], ...]  # (T, T); None where a value is not defined
-TILE_ELEMENTS = 1 << 17  # entries of one delta that are in memory at a time
+TILE_ELEMENTS = 1 << 16  # entries of one delta that are in memory at a time
 TILES_ELEMENTS = 1 << 21  # and of all deltas
-_TILE_ROWS = 128
+_TILE_ROWS = 512
 _SUMMED = 1 << 13  # entries that are summed in the deltas' own dtype, before float64
 _NULL = 1e-5  # directions of a factor below this share of its largest singular value are round-off
 
@@ -153,10 +153,12 @@ class _Gram:
 
     def __init__(self, name: str, factors: Sequence[Tensor]) -> None:
         ends = [0, *accumulate(len(f) for f in factors)]
-        joined = torch.cat([f.mT for f in factors], dim=1).double() if name == "b" else torch.cat(tuple(factors)).double().mT
-        self._name, self._dim = name, len(joined)
+        joined = torch.empty(ends[-1], factors[0].shape[1], dtype=torch.float64)
+        for factor, rows in zip(factors, torch.split(joined, [len(f) for f in factors]), strict=True):
+            rows.copy_(factor)
+        self._name, self._dim = name, joined.shape[1]
         self._ends = ends
-        self.rows = [joined[:, start:stop].mT @ joined[:, start:] for start, stop in pairwise(ends)]  # (rᵢ, Σ rⱼ of j ≥ i)
+        self.rows = [joined[start:stop] @ joined[start:].mT for start, stop in pairwise(ends)]  # (rᵢ, Σ rⱼ of j ≥ i)
 
     def block(self, i: int, j: int) -> Tensor:
         """Return Fᵢ Fⱼᵀ, (rᵢ, rⱼ), for i ≤ j."""
