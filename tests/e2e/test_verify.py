@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import subprocess
+from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -46,6 +49,21 @@ def test_what_was_just_made_is_verified(merged):
     assert states(found.files) == {"README.md": "equal", "adapter_config.json": "equal", WEIGHTS: "equal"}
     assert states(found.inputs) == {"a": "equal", "b": "equal"}
     assert states(found.rebuilt) == {"adapter_config.json": "equal", WEIGHTS: "equal"}
+
+
+def test_tensor_files_are_hashed_once(merged, monkeypatch):
+    """Of the result and of the inputs, by which the rebuilt result is known too."""
+    hashed: Counter[str] = Counter()
+    digest = hashlib.file_digest
+
+    def counted(file, kind):
+        place = Path(file.name) if isinstance(file.name, str) else Path(f"/proc/self/fd/{file.fileno()}").readlink()
+        hashed[str(place.resolve())] += place.name == WEIGHTS
+        return digest(file, kind)
+
+    monkeypatch.setattr(hashlib, "file_digest", counted)
+    assert plait.verify(merged).ok
+    assert sorted(count for count in hashed.values() if count) == [1, 1, 1]
 
 
 @pytest.mark.parametrize(
