@@ -32,7 +32,7 @@ LIBRARY_TESTS := $(addprefix tests/,$(addsuffix .py, \
   unit/test_tasks unit/test_training_data))
 TRAINING_TESTS := $(addprefix tests/,$(addsuffix .py, \
   e2e/test_bake_models e2e/test_mix e2e/test_sft e2e/test_sft_again e2e/test_sft_flags e2e/test_terminal e2e/test_train \
-  e2e/test_train_checks e2e/test_train_workers unit/test_libraries_trl unit/test_phases unit/test_training_encoding))
+  e2e/test_train_checks e2e/test_train_senses e2e/test_train_workers unit/test_libraries_trl unit/test_phases unit/test_training_encoding))
 
 .PHONY: package site demo test test-newest test-oldest check fuzz bench docs clean
 
