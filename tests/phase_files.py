@@ -46,8 +46,8 @@ def phases(tmp_path: Path, phase_model: Path, monkeypatch: pytest.MonkeyPatch) -
     return tmp_path
 
 
-def rewrite(*changes: tuple[str, str]) -> None:
-    text = PHASES
+def rewrite(*changes: tuple[str, str], text: str = PHASES) -> None:
+    """Write the phases anew, with changes of their text."""
     for old, new in changes:
         assert old in text
         text = text.replace(old, new)

@@ -42,6 +42,7 @@ from tests.e2e.test_audio_tasks import write as write_sounds
 from tests.e2e.test_image_tasks import fresh as seeing
 from tests.e2e.test_image_tasks import save_processor
 from tests.e2e.test_image_tasks import write as write_images
+from tests.phase_files import rewrite
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -72,14 +73,6 @@ def speech(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "phases.yaml").write_text(PHASES)
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
-
-def rewrite(*changes: tuple[str, str]) -> None:
-    text = PHASES
-    for old, new in changes:
-        assert old in text
-        text = text.replace(old, new)
-    Path("phases.yaml").write_text(text)
 
 
 def first_read(model: Any, tokenizer: Any, extractor: Any, examples: Any) -> list[int]:
@@ -133,7 +126,7 @@ def test_losses_are_of_the_transcripts_alone(speech: Path, kind: str) -> None:
         letters(speech).save_pretrained("base")
         save_extractor("wav2vec2", speech / "base")
         write(speech, "one", ["a b", "c", "d e", "f"], splits={"train": "one.jsonl", "test": "one.jsonl"}, max_new_tokens=6)
-        rewrite(("[one.yaml, two.yaml]", "[one.yaml]"))
+        rewrite(("[one.yaml, two.yaml]", "[one.yaml]"), text=PHASES)
     phase = resolve_phases(read_phases("phases.yaml", out=Path("fresh")))[0]
     trainer = KINDS["speech_to_text"].make_trainer(phase.opened, phase.settings, phase.encoded)
     items, model = (
@@ -163,7 +156,7 @@ def test_what_a_model_cannot_hear_or_learn_is_known_before_training(speech: Path
 
     def refused(why: str, *changes: tuple[str, str], **fields: Any) -> None:
         Path("one.yaml").write_text(yaml.safe_dump({**task, **fields}))
-        rewrite(*changes)
+        rewrite(*changes, text=PHASES)
         assert exit_code("train", "phases.yaml", "-o", "out") == 2
         assert why in " ".join(capsys.readouterr().err.split())
         assert not Path("out/phases").exists()
@@ -178,7 +171,7 @@ def test_what_a_model_cannot_hear_or_learn_is_known_before_training(speech: Path
     write_images(speech, "image", splits={split: {"rows": [0, 9]} for split in ("train", "test")})
     refused("'image' is image_classification, 'one' is asr: they are learned by different", ("two.yaml", "image.yaml"))
     Path("one.yaml").write_text(yaml.safe_dump({**task, "splits": {**splits, "train": "long.jsonl"}}))
-    rewrite(("max_steps: 40", "max_steps: 1"), ("[one.yaml, two.yaml]", "[one.yaml]"))
+    rewrite(("max_steps: 40", "max_steps: 1"), ("[one.yaml, two.yaml]", "[one.yaml]"), text=PHASES)
     (phase,) = plait.train("phases.yaml", out="out").phases
     assert phase.examples == 4
     assert phase.notes == ("1 sounds are left out: longer than the 1 seconds that the model hears.",)
@@ -197,7 +190,7 @@ def test_heads_are_learned_and_saved(tmp_path: Path, monkeypatch: pytest.MonkeyP
     save(kind, tmp_path / "base")
     for name in ("one", "two"):
         write(tmp_path, name, splits={split: {"rows": [0, 9]} for split in ("train", "test")})
-    rewrite(("max_steps: 40", "max_steps: 30"), ("batch_size: 4", "batch_size: 9"))
+    rewrite(("max_steps: 40", "max_steps: 30"), ("batch_size: 4", "batch_size: 9"), text=PHASES)
     result = plait.train("phases.yaml", out="out")
     assert result.ok, result.failed
     assert all(task.single > task.base for task in result.evaluation.tasks)
