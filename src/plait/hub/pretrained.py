@@ -7,7 +7,7 @@ class of error then; each becomes one that names the folder, the file where one 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from plait.errors import PlaitError, PlanError, TaskError
-from plait.libraries.transformers import pil_backend
+from plait.libraries.transformers import image_processors, pil_backend
 from plait.parsing import MAX_TEXT_BYTES, is_there, kind_of, open_bytes, parse_json, read_text
 
 _TRUST = "--trust-remote-code (trust_remote_code=True in Python)"
@@ -91,19 +91,24 @@ def load_image_processor(folder: Path, *, trust_remote_code: bool = False) -> An
     Raises:
         TaskError: there is none, or it cannot be loaded.
     """
-    return _processor("AutoImageProcessor", "image processor", folder, trust_remote_code=trust_remote_code, **pil_backend())
+    return _processor(image_processors, "image processor", folder, trust_remote_code=trust_remote_code, **pil_backend())
 
 
 def load_feature_extractor(folder: Path, *, trust_remote_code: bool = False) -> Any:
     """Return what makes a model's input of sounds; arguments and errors as `load_image_processor`."""
-    return _processor("AutoFeatureExtractor", "feature extractor", folder, trust_remote_code=trust_remote_code)
+    return _processor(
+        lambda: import_module("transformers").AutoFeatureExtractor,
+        "feature extractor",
+        folder,
+        trust_remote_code=trust_remote_code,
+    )
 
 
-def _processor(kind: str, called: str, folder: Path, **keywords: Any) -> Any:
+def _processor(kind: Callable[[], Any], called: str, folder: Path, **keywords: Any) -> Any:
     if not (folder / _PREPROCESSOR).is_file():
         raise TaskError(f"{folder}: there is no {_PREPROCESSOR}, which says how the model sees images or hears sounds.")
     with refuse_failures(folder, f"the {called} cannot be loaded", TaskError, files=(_PREPROCESSOR,)):
-        return getattr(import_module("transformers"), kind).from_pretrained(folder, **keywords)
+        return kind().from_pretrained(folder, **keywords)
 
 
 def with_padding_token(tokenizer: Any) -> Any:

@@ -330,6 +330,11 @@ def features_of(out: Any) -> Any:
     return getattr(out, "pooler_output", out)
 
 
+def image_processors() -> Any:
+    """Return `AutoImageProcessor` from where it is: in some versions the package's own name asks for torchvision."""
+    return import_module("transformers.models.auto.image_processing_auto").AutoImageProcessor
+
+
 def pil_backend() -> dict[str, Any]:
     """Return the keywords with which an image processor uses PIL, whether or not torchvision is there: the same pixels."""
     return {"backend": "pil"} if find_spec("transformers.image_processing_backends") is not None else {"use_fast": False}
