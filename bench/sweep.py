@@ -83,7 +83,7 @@ def main() -> None:
     """Parse arguments, measure, report."""
     options = report.arguments(
         __doc__, "one trial of few questions, no verdicts", cache=False,
-        trials=(3, "trials that count, of every search"), examples=(200, "questions per task; 200 are all of validation, which a search asks"),
+        trials=(3, "trials that count, of every search"), examples=(200, "questions per task; a search asks all 200"),
     )  # fmt: skip
     about, raw = report.machine(), dict[str, Any]()
     sections = run(1 if options.quick else options.trials, 4 if options.quick else options.examples, raw)
