@@ -10,6 +10,7 @@ import pytest
 
 import plait
 import plait.evaluation.session as session
+from plait.errors import RecipeError
 from plait.search.conclusion import SweepResult
 from plait.search.record import StudyRecord, read_study
 from plait.search.study import Study
@@ -190,3 +191,9 @@ def test_earlier_studies_are_not_evaluated_again(pair: Path, tmp_path: Path, ask
     assert [name for name, _ in asked[:8]] == ["sort", "sort", "rate", "rate", "sort", "rate", "sort", "rate"]
     with pytest.warns(UserWarning, match="answered other examples"):
         sweep(pair, tmp_path / "three", {**wider, "subset": {"max_samples": 12}}, warm_start=[tmp_path / "one"])
+    study = tmp_path / "one" / "study.json"
+    record = json.loads(study.read_text())
+    record["runs"][1]["params"]["scale"] = [0, 1]
+    study.write_text(json.dumps(record))
+    with pytest.raises(RecipeError, match=r"one.study\.json: runs\.1\.params: scale: .* must be a number"):
+        sweep(pair, tmp_path / "four", wider, warm_start=[tmp_path / "one"])

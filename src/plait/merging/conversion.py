@@ -145,8 +145,9 @@ def _planned(
         paths = _paths(adapter, tower, wanted)
         named = base_model or adapter.config.base_model
         outgoing = replace(_outgoing(adapter, paths, tower, named), base_config=base_config(wanted, named))
-        problems = wanted.problems(outgoing)
-        collect(PlanError, problems, f"this adapter cannot be written as {to!r}")
+        file = adapter.files[0]
+        problems = [f"{file}: {problem}" for problem in wanted.problems(outgoing)]
+        collect(PlanError, problems, f"{adapter.folder}: this adapter cannot be written as {to!r}")
     read = adapter.files[0] if adapter.is_one_file else adapter.folder
     check_not_an_input(out, {f"adapter {adapter.name!r}": read}, command="conversion")
     plan = ConvertPlan(

@@ -176,8 +176,11 @@ class Sweep:
             )
             return
         space = SearchSpace(build_recipe({**record.recipe, "search": record.search}, source=str(place / STUDY)))
-        for run in (run for run in record.runs if run.complete and run.phase != "zero"):
-            point = self.space.start if run.phase == "start" else self.space.of_recipe(space.recipe(run.params))
+        for i, run in ((i, run) for i, run in enumerate(record.runs) if run.complete and run.phase != "zero"):
+            try:
+                point = self.space.start if run.phase == "start" else self.space.of_recipe(space.recipe(run.params))
+            except RecipeError as error:
+                raise RecipeError(f"{place / STUDY}: runs.{i}.params: {error}") from error
             if point is not None and self.key_of(point) == run.key:
                 yield run, point
 
