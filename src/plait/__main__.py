@@ -1,13 +1,15 @@
 """`plait`, and `python -m plait`."""
 
-from plait.deferred import collect_from_torch_on
+import gc
 
 
 def main() -> None:
     """Run the command line and leave the process (`plait.cli.main`)."""
-    collect_from_torch_on()  # before the command line is imported
+    gc.disable()  # nothing that is made on importing is garbage
     from plait.cli.main import main as run
 
+    gc.freeze()
+    gc.enable()
     run()
 
 

@@ -12,18 +12,7 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-__all__ = ["Tensor", "collect_from_torch_on", "np", "torch"]
-
-_WAITING = set[str]()  # "torch" while collections of garbage wait for its import
-
-
-def collect_from_torch_on() -> None:
-    """Have a process look for garbage from the import of torch on: before it nothing is made that is worth a look.
-
-    Collections among what is imported take a tenth of the time of a command that computes nothing.
-    """
-    gc.disable()
-    _WAITING.add("torch")
+__all__ = ["Tensor", "np", "torch"]
 
 
 def _import_torch() -> ModuleType:
@@ -33,10 +22,6 @@ def _import_torch() -> ModuleType:
     try:
         import torch
     finally:
-        if _WAITING:
-            _WAITING.clear()
-            gc.freeze()
-            was_enabled = True
         if was_enabled:
             gc.enable()
     return torch
