@@ -200,7 +200,7 @@ class TestPage:
     @pytest.fixture(scope="class")
     @classmethod
     def server(cls, mixer: Mixer) -> Iterator[Any]:
-        from plait.mixer.page import Server
+        from plait.mixer.server import Server
 
         connect, elsewhere = socket.socket.connect, list[Any]()
 
@@ -333,7 +333,7 @@ class TestPage:
     def test_a_public_address_that_cannot_be_had_is_an_error(self, mixer: Mixer, monkeypatch: pytest.MonkeyPatch) -> None:
         import gradio
 
-        from plait.mixer.page import Server
+        from plait.mixer.server import Server
 
         def refused(*_: Any, **__: Any) -> str:
             raise RuntimeError("no tunnel")

@@ -324,4 +324,6 @@ def test_other_models_and_tasks(families: dict[str, Path], tmp_path: Path, famil
     record = tune(families[family], tmp_path / "tuned", method="linear", tune=spec).record
     first, last = record.losses[:4], record.losses[-4:]  # a step's loss is of four texts per task
     assert sum(last) < sum(first)
-    assert record.kept.score >= record.start.score  # of the worst task, which decides; the mean share may rise
+    assert record.kept.score >= record.start.score
+    if objective != "adamerging":  # an entropy may gain on the worst task, which decides, and lose on the mean
+        assert record.kept.share <= record.start.share

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from plait.evaluation.pipeline import Evaluator
     from plait.evaluation.record import Evaluation
     from plait.evaluation.replies import AskResult
-    from plait.mixer.page import Server
+    from plait.mixer.server import Server
     from plait.reports.pipeline import ReportResult
     from plait.search.conclusion import SweepResult
     from plait.search.status import StudyStatus

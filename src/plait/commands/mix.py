@@ -23,7 +23,7 @@ from plait.results.threads import worker_count
 
 if TYPE_CHECKING:
     from plait.mixer.mixer import Mixer
-    from plait.mixer.page import Server
+    from plait.mixer.server import Server
 
 OUT = Path("mixes")
 _PORTS = range(1, 1 << 16)
@@ -121,7 +121,7 @@ class MixOrder:
             PlaitError: anything wrong with what was given; or the port is taken.
         """
         mixer = self.plan(progress)
-        from plait.mixer.page import Server
+        from plait.mixer.server import Server
 
         mixer.open()
         return Server(mixer, port=self.port, share=self.share)

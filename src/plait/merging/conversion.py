@@ -148,7 +148,7 @@ def _planned(
         file = adapter.files[0]
         problems = [f"{file}: {problem}" for problem in wanted.problems(outgoing)]
         collect(PlanError, problems, f"{adapter.folder}: this adapter cannot be written as {to!r}")
-    read = adapter.files[0] if adapter.is_one_file else adapter.folder
+    read = file if adapter.is_one_file else adapter.folder
     check_not_an_input(out, {f"adapter {adapter.name!r}": read}, command="conversion")
     plan = ConvertPlan(
         adapter=adapter.name,

@@ -4,26 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from html import escape
-from secrets import token_urlsafe
 from typing import Any, TypeVar
-from urllib.parse import quote
 
 from pydantic import ValidationError
 
-from plait.errors import OutputError, PlaitError, RecipeError
+from plait.errors import PlaitError, RecipeError
 from plait.evaluation.generation import Sampling
 from plait.evaluation.record import TaskResult
 from plait.evaluation.replies import Reply
 from plait.extras import optional
 from plait.methods import METHODS
 from plait.mixer import pieces
-from plait.mixer.gate import TOKEN, Gate
 from plait.mixer.mixer import SUGGESTED, Asked, Mixer, Suggestion
 from plait.mixer.parameters import Parameter, parameters_of
 from plait.mixer.setting import Band, Setting
@@ -33,11 +29,10 @@ from plait.recipes.overrides import parse_override
 
 T = TypeVar("T")
 
-HOST = "127.0.0.1"
 _PAUSE = 0.1  # seconds between two states of a reply that are shown
 _WEIGHTS, _SCALES, _FACTORS = (-1.0, 2.0), (0.0, 3.0), (0.0, 2.0)  # of the sliders, unless a setting is beyond
 
-_CSS = (
+CSS = (
     pieces.CSS
     + """
 .gradio-container { max-width: 82rem !important; padding-inline: 1rem !important; }
@@ -81,7 +76,7 @@ class Page:
         self._mixer, self._controls = mixer, mixer.controls
         self._gr = optional("gradio", "mix", "plait mix")
         self._methods = {method.name: method for method in mixer.methods}
-        self.blocks = _in_event_loop(self._built)
+        self.blocks = in_event_loop(self._built)
 
     def setting(self, values: Sequence[Any]) -> Setting:
         """Return what the controls say: method, its parameters, scale, weights, factors of bands.
@@ -378,79 +373,7 @@ class Page:
 _ASKED = 7  # controls of how to ask
 
 
-class Server:
-    """A page that is served until `close`, or to the end of a `with` block.
-
-    Args:
-        mixer: opened.
-        port: where; the first free one from 7860 when None.
-        share: also through a public address of gradio's.
-
-    Attributes:
-        url: the address, with the token that opens it.
-        share_url: the public one; None where none was asked for.
-
-    Raises:
-        OutputError: the port is taken, or a public address cannot be had.
-    """
-
-    def __init__(self, mixer: Mixer, *, port: int | None = None, share: bool = False) -> None:
-        os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read by some parts of gradio that take no argument
-        gr, token = optional("gradio", "mix", "plait mix"), token_urlsafe(16)
-        middleware = optional("starlette.middleware", "mix", "plait mix").Middleware
-        self._blocks = Page(mixer).blocks
-        fonts = ["ui-sans-serif", "system-ui", "sans-serif"]
-        theme = gr.themes.Default(
-            primary_hue="blue", neutral_hue="slate", font=fonts, font_mono=["ui-monospace", "Consolas", "monospace"]
-        )
-        try:
-            _, local, public = _in_event_loop(
-                partial(
-                    self._blocks.launch,
-                    server_name=HOST,
-                    server_port=port,
-                    share=share,
-                    prevent_thread_lock=True,
-                    quiet=True,
-                    show_error=True,
-                    inline=False,
-                    ssr_mode=False,
-                    pwa=False,
-                    enable_monitoring=False,
-                    footer_links=[],
-                    theme=theme,
-                    css=_CSS,
-                    app_kwargs={"middleware": [middleware(Gate, token=token)]},
-                )
-            )
-        except OSError as error:
-            raise OutputError(f"the page cannot be served at port {port or 'any'}: {error}") from None
-        if share and not public:
-            self.close()
-            raise OutputError(
-                "a public address could not be had (gradio has printed why); without --share (share=) the page is served "
-                "to this machine."
-            )
-        self.url = f"{local}?{TOKEN}={quote(token)}"
-        self.share_url = f"{public}?{TOKEN}={quote(token)}" if public else None
-
-    def __enter__(self) -> Server:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def wait(self) -> None:
-        """Serve until the process is stopped."""
-        while True:
-            time.sleep(3600)
-
-    def close(self) -> None:
-        """Serve no more."""
-        self._blocks.close(verbose=False)
-
-
-def _in_event_loop(work: Callable[[], T]) -> T:
+def in_event_loop(work: Callable[[], T]) -> T:
     """Return what some work returns while an event loop runs: gradio makes one wherever none does, and closes none of them."""
 
     async def working() -> T:

@@ -80,7 +80,7 @@ class Space(ABC):
         """Return the coordinates of ΔWₜ = scalingsₜ · factorsₜ.b @ factorsₜ.a; an adapter without the module has rank 0."""
 
     def arrays_again(self, small: Sequence[Tensor], deltas: Callable[[], Sequence[LowRank]]) -> tuple[Array, ...]:
-        """Return a frame's arrays, bit for bit, without its decompositions.
+        """Return a frame's arrays, bit for bit, without its decompositions; asked of spaces whose frames have `small`.
 
         Args:
             small: what the frame has as such.

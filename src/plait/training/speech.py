@@ -7,7 +7,6 @@ task has a prompt. Loss is on the transcript and its end alone.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,16 +24,11 @@ from plait.training import media
 from plait.training.data import LoadedData
 from plait.training.encoding import IGNORED, EncodedData, EncodedSplits
 from plait.training.formats import Perceived
-from plait.training.job import LoraSettings, ResolvedJob, TrainingJob
+from plait.training.job import LoraSettings, ResolvedJob
 from plait.training.settings import get_adapted, loading, lora_config
 
 LOADER, TASK_TYPE, PIPELINE = "AutoModelForSpeechSeq2Seq", None, "automatic-speech-recognition"
-notes_of = media.notes_of
-
-
-def settings_of(job: TrainingJob, out: Path) -> Any:
-    """Return the job's `TrainingArguments`; see `TrainerKind`."""
-    return media.media_settings(job, out)
+settings_of, notes_of = media.media_settings, media.notes_of
 
 
 def lora_of(lora: LoraSettings, model: Any, fresh: Sequence[str] = ()) -> Any:
