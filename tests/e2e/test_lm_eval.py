@@ -122,7 +122,10 @@ class Prepared:
         manager = TaskManager(include_path=str(self.folder / "harness"), include_defaults=False)
         lm = HFLM(pretrained=model.eval(), tokenizer=tokenizer(), batch_size=16)
         names = [f"{name}_{kind}" for name in NAMES]
-        found = evaluate(lm=lm, task_dict=manager.load(names), bootstrap_iters=10)
+        with pytest.MonkeyPatch.context() as patch:
+            # It would fork this process, in which other tests have left threads of Ray, and wait for its child for good.
+            patch.setenv("DISABLE_MULTIPROC", "1")
+            found = evaluate(lm=lm, task_dict=manager.load(names), bootstrap_iters=10)
         return dict(zip(NAMES, (found["results"][n] for n in names), strict=True))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 from decimal import Decimal
 from importlib import import_module
@@ -15,6 +14,7 @@ from plait.tasks import rendering
 from plait.tasks.chat import chat_text, limited_chats
 from plait.tasks.templates import Template
 from tests.chat_models import CHATML, byte_tokenizer
+from tests.warm import run_forked
 
 TOO_MUCH_MEMORY = {
     "multiplied text": "{{ 'a' * 2 * 10**9 }}",
@@ -127,21 +127,29 @@ def test_values_that_no_template_reads_may_be_anything():
         Template("{{ other }}", "prompt")(row)
 
 
-def _in_child(queue):
+# Not in the process of the tests: others of them leave threads in it, and whoever forks there may wait for good.
+FORKING = """
+import multiprocessing
+from plait.tasks.templates import Template
+
+def in_child(queue):
     queue.put(Template("{{ word }} of the child", "prompt")({"word": "w"}))
+
+template = Template("{{ word }} of the parent", "prompt")
+context = multiprocessing.get_context("fork")
+queue = context.SimpleQueue()
+child = context.Process(target=in_child, args=(queue,))
+child.start()
+print(queue.get())
+child.join()
+print(template({"word": "w"}))
+"""
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
-@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_a_forked_process_renders_in_a_process_of_its_own():
-    template = Template("{{ word }} of the parent", "prompt")
-    context = multiprocessing.get_context("fork")
-    queue = context.SimpleQueue()
-    child = context.Process(target=_in_child, args=(queue,))
-    child.start()
-    assert queue.get() == "w of the child"
-    child.join()
-    assert template({"word": "w"}) == "w of the parent"
+    done = run_forked(FORKING)
+    assert done.stdout.splitlines() == ["w of the child", "w of the parent"], done.stderr
 
 
 TEMPLATES = {
