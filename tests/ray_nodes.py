@@ -31,7 +31,7 @@ class Nodes:
     def __init__(self) -> None:
         from ray.cluster_utils import Cluster
 
-        port = _free_port() if importlib.util.find_spec("grpc") else None
+        port = free_port() if importlib.util.find_spec("grpc") else None
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ResourceWarning)  # the server's log files, which Ray does not close
             self._cluster = Cluster(initialize_head=True, head_node_args={**NODE, "ray_client_server_port": port})
@@ -65,7 +65,8 @@ class Nodes:
         self._cluster.shutdown()
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Return the number of a port at which nothing is served."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         return int(taken.getsockname()[1])

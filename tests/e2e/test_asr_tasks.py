@@ -197,7 +197,9 @@ def test_a_mixture_of_whisper_is_what_peft_makes_of_it(world: World, tmp_path: P
     assert torch.equal(mixture.model(**given).logits, bare)
 
 
-def test_every_side_writes_what_transformers_writes(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_side_writes_what_transformers_writes(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
     """Base, own adapter and merge with language, prompt and beams; a smaller error rate is the better one."""
     how = {"one": {"language": "French"}, "two": {"language": "en", "task": "translate", "beams": 2, "prompt": "{{ before }}"}}
     plain = {"one": {"language": "<|fr|>"}, "two": {"language": "<|en|>", "task": "translate", "num_beams": 2}}
@@ -219,7 +221,14 @@ def test_every_side_writes_what_transformers_writes(world: World, tmp_path: Path
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     given = [*world.adapters().values(), "--weights", "0.5,0.5", "--tasks", tmp_path / "one.yaml", tmp_path / "two.yaml"]
     options = ["--base-id", world.base(), "--workspace", tmp_path / "work", "--batch-size", "3"]
-    assert exit_code("eval", *given, *options) == 0
+    logger = transformers.utils.logging.get_logger("transformers")
+    logger.addHandler(caplog.handler)
+    caplog.clear()
+    try:
+        assert exit_code("eval", *given, *options) == 0
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert not [r.message for r in caplog.records if r.name.startswith("transformers")], "nothing of transformers' own affairs"
     printed = " ".join(capsys.readouterr().err.split())
     cut = re.findall(r"task '(\w+)': (\w+): \d of \d transcripts reach max_new_tokens", printed)
     assert len(set(cut)) == len(cut) > len(set(task for task, _ in cut)), "each side is announced, once"

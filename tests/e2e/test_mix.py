@@ -27,6 +27,7 @@ from plait.mixer.turns import Superseded
 from plait.notices import PlaitWarning
 from tests.command_line import exit_code
 from tests.language_models import LABELS, tokenizer, train_pair, write_task
+from tests.ray_nodes import free_port
 
 # gradio does not close the sockets on which it looks for a free port
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed <socket.socket .*family=2:ResourceWarning")
@@ -211,7 +212,8 @@ class TestPage:
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(socket.socket, "connect", watched)
-            with Server(mixer) as found:
+            # Not gradio's first: where two look for it at the same time, one of them fails in a thread.
+            with Server(mixer, port=free_port()) as found:
                 yield found
         assert not elsewhere, "the server asked somebody else"
 

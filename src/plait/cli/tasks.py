@@ -26,7 +26,12 @@ def check(
     tasks: Annotated[list[Path], typer.Argument(help="Task files (.yaml), or lm_eval:NAME.", show_default=False)],
     model: Annotated[
         str | None,
-        typer.Option(help="Model whose tokenizer and chat template are used: FOLDER or org/repo.", show_default=False),
+        typer.Option(
+            "--model",
+            "--base-id",
+            help="Model whose tokenizer and chat template are used: FOLDER or org/repo.",
+            show_default=False,
+        ),
     ] = None,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run code that comes with the model's tokenizer.")

@@ -237,7 +237,8 @@ def _generated(model: Any, ask: Transcribed, own: dict[str, Any], limit: int, **
         check_numbers(model, scores.amax(-1).tolist())
         return scores
 
-    with configured(model, config), announced_rereading(model):
+    # Whisper's own `generate` fills in a length before it calls the common one, which then warns of two.
+    with configured(model, config), announced_rereading(model), library.silence():
         found: Tensor = model.generate(
             generation_config=config, logits_processor=transformers.LogitsProcessorList([numbers]), **given
         )
