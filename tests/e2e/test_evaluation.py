@@ -401,6 +401,8 @@ def test_an_adapter_alone(prepared, tmp_path, capsys):
     assert "is evaluated as it is; these belong to a merge: method" in capsys.readouterr().err
     assert exit_code(*arguments, "--heads-policy", "average") == 2
     assert "these belong to a merge: heads.policy." in capsys.readouterr().err
+    assert exit_code(*arguments, "-o", str(tmp_path / "out")) == 2
+    assert "--workspace (workspace=) has the results" in " ".join(capsys.readouterr().err.split())
 
 
 def test_check_of_tasks(prepared, capsys):

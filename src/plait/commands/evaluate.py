@@ -123,9 +123,10 @@ class EvaluateOrder:
             return
         keys = [*self.request.given, *(text.partition("=")[0] for text in self.request.sets)]
         if given := ", ".join([*keys, *(name for name in ("methods", "spaces", "out") if getattr(self, name))]):
-            raise RecipeError(
-                f"{self.saved} is evaluated as it is; these belong to a merge: {given}. Give a recipe or several adapters."
+            advice = "Give a recipe or several adapters." + (
+                "" if self.out is None else " --workspace (workspace=) has the results."
             )
+            raise RecipeError(f"{self.saved} is evaluated as it is; these belong to a merge: {given}. {advice}")
 
     @cached_property
     def _merges(self) -> tuple[dict[str, Recipe], Path | None, dict[str, str]]:
