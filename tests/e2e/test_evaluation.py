@@ -104,6 +104,9 @@ def test_with_labels_shifted_by_one_nothing_is_known(prepared, tmp_path):
     (tmp_path / "rate" / "test.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     (task,) = prepared.evaluate(None, tasks=[file]).tasks
     assert task.single == 0.0
+    assert task.confusion.labels == tuple(LABELS["rate"])
+    assert all(counts[i] == 0 for i, counts in enumerate(task.confusion.single)), "nothing on the diagonal"
+    assert sum(map(sum, task.confusion.merged)) == 24
 
 
 MERGES = {

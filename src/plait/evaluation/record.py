@@ -83,7 +83,7 @@ class TaskResult(Record):
         undefined: why there is no recovery.
         below_base: whether it is worse than the base.
         samples: a few examples, those first on which the answers differ.
-        confusion: of an image's or a sound's label; None for other tasks, and for more labels than a page has room for.
+        confusion: of labels; None where answers are something else, and for more labels than a page has room for.
     """
 
     task: str

@@ -368,7 +368,7 @@ def _totals(results: Sequence[TaskResult], drawn: Mapping[str, BootstrapDraws]) 
 
 def _confusion(task: Task, alone: Sequence[Answer] | None, merged: Sequence[Answer]) -> Confusion | None:
     labels = task.closed_labels
-    if labels is None or len(labels) > _MOST_LABELS or getattr(task, "file_column", None) is None:
+    if labels is None or len(labels) > _MOST_LABELS:
         return None
 
     def counted(answers: Sequence[Answer]) -> tuple[tuple[int, ...], ...]:

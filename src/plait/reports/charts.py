@@ -180,7 +180,7 @@ def interference_map(found: Evaluation) -> HeatMap | None:
 
 
 def confusion_maps(found: Evaluation) -> tuple[HeatMap, ...]:
-    """Return, task by task with labels of images or sounds, which label its own adapter and what is evaluated gave."""
+    """Return, task by task with labels, which label its own adapter and what is evaluated gave."""
     maps, judged = [], found.name if found.recipe is None else "the merge"
     for task in found.tasks:
         sides = {} if task.confusion is None else {"its own adapter": task.confusion.single, judged: task.confusion.merged}
