@@ -422,7 +422,7 @@ def test_what_does_not_suit_is_refused(world: World, tmp_path: Path, capsys: pyt
     given = [world.adapters()["one"], "--tasks", task, "--base-id", world.base()]
     for command in ("calibrate", "tune"):
         assert exit_code(command, *given, "-o", tmp_path / "out") == 2
-        assert "has images or sounds, and only texts are read" in " ".join(capsys.readouterr().err.split())
+        assert "transcripts are not covered to calibrate and tune" in " ".join(capsys.readouterr().err.split())
 
 
 def test_broken_outputs_are_no_transcripts(world: World, tmp_path: Path) -> None:

@@ -285,16 +285,6 @@ def test_a_check_shows_sizes(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert "red 4, blue 4, good 4" in text
 
 
-def test_what_reads_texts_is_refused(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    given = [*map(str, world.adapters("vit").values()), "--tasks", *map(str, world.tasks("vit"))]
-    given += ["--base-id", str(world.folder / "vit" / "base")]
-    for command in (["calibrate", *given], ["tune", *given], ["tune", *given, "--objective", "gradient"]):
-        assert exit_code(*command, "-o", str(tmp_path / "out")) == 2
-        assert "has images or sounds, and only texts are read to calibrate and tune" in " ".join(
-            capsys.readouterr().err.split()
-        )
-
-
 def test_what_has_no_place_is_said(world: World, tmp_path: Path) -> None:
     with pytest.raises(TaskError, match="'prompt' has no place here"):
         load_task(write(tmp_path, "t", prompt="{{ x }}"))

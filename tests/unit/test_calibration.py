@@ -184,7 +184,7 @@ def test_of_many_tokens_some_are_kept_evenly_and_by_the_seed() -> None:
 def test_of_very_many_tokens_evenly_spread_ones_are_summed() -> None:
     layer = torch.nn.Linear(6, 3)
     x = torch.randn(900, 6, generator=torch.Generator().manual_seed(0))
-    moments = InputMoments({"a": layer}, share=0.25)
+    moments = InputMoments({"a": layer}, shares={"a": 0.25})
     with moments.watching():
         for part in x.split(30):
             layer(part)

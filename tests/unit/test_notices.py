@@ -26,6 +26,7 @@ from plait.evaluation.scores import Answers, ScoreCache
 from plait.notices import PlaitWarning, announce
 from plait.results.records import read_earlier
 from plait.tasks.encoding import Question
+from plait.tasks.examples import Examples
 from plait.tensorfiles.blocks import copy_range
 from plait.training.job import TrainingRecord
 from plait.training.preflight import move_outdated
@@ -139,7 +140,7 @@ def test_a_record_that_does_not_say_what_was_trained_on(tmp_path, text):
     folder = write_adapter(tmp_path / "run" / "adapter", {"q": Linear(4, 4)}).folder
     (tmp_path / "run" / "training.json").write_text(text)
     with pytest.warns(PlaitWarning, match=r"training\.json.*; whether a was trained on these texts is not known"):
-        assert seen_in_training(Texts("t", "lines", (), "", ()), Adapter.open(folder, "a")) is None
+        assert seen_in_training(Texts(None, "lines", "", Examples(None, "lines", ())), Adapter.open(folder, "a")) is None
 
 
 def test_data_of_a_training_that_cannot_be_read(tmp_path):
@@ -147,7 +148,7 @@ def test_data_of_a_training_that_cannot_be_read(tmp_path):
     data = {"split": "train", "task": None, "place": str(tmp_path / "gone.jsonl"), "limit": None, "text_field": "text"}
     (tmp_path / "run" / "training.json").write_text(json.dumps({"job": {"data": data}}))
     with pytest.warns(PlaitWarning, match=r"gone\.jsonl: No such file.*whether a was trained on these texts is not known"):
-        assert seen_in_training(Texts("t", "lines", (), "", ()), Adapter.open(folder, "a")) is None
+        assert seen_in_training(Texts(None, "lines", "", Examples(None, "lines", ())), Adapter.open(folder, "a")) is None
 
 
 def test_an_adapter_whose_record_is_damaged_is_not_replaced_by_an_earlier_one(tmp_path):

@@ -15,6 +15,8 @@ from plait.calibration.texts import Texts
 from plait.errors import PlanError
 from plait.mixture import Mixture
 from plait.recipes.tuning import TuneSpec
+from plait.tasks.examples import Examples
+from plait.tasks.inputs import Example
 from plait.tasks.loading import load_tasks
 from plait.tuning.held_out import (
     HeldOutScore,
@@ -51,7 +53,8 @@ def mixture(place: Path) -> Mixture:
 def lesson(mixture: Mixture, place: Path, task: str, *, labeled: bool) -> Lesson:
     (found,) = load_tasks([str(place / f"{task}.yaml")])
     choices = (f"{LABELS[task][0]} very", LABELS[task][1])  # one of two tokens
-    texts = Texts(found, "split", "x", tuple(f"{task} {w} :" for w in WORDS), (choices,) * len(WORDS))  # type: ignore[arg-type]
+    asked = tuple(Example.of(f"{task} {w} :", "", choices) for w in WORDS)
+    texts = Texts(found, "split", "x", Examples(found, "x", asked))  # type: ignore[arg-type]
     right = [choices[LABELS[task].index(label(task, w))] for w in WORDS] if labeled else None
     return make_lesson(mixture, texts, task, right=right)
 

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from plait.calibration.passages import Passage
+from plait.calibration.perceiving import check_perceived, is_perceived, perceived_passages
 from plait.calibration.texts import Texts
 from plait.errors import TaskError, collect
 from plait.evaluation.generation import generate_tokens
@@ -31,22 +32,22 @@ def check_texts(
         right: task → the right answer of every text, where labels are learned from.
 
     Raises:
-        TaskError: the base has no tokenizer, or texts are longer than its context; of all tasks at once.
+        TaskError: the base has no tokenizer or processor, texts are longer than its context, or sounds than what it hears; of
+            all tasks at once.
     """
-    if mixture.tokenizer is None:
-        raise TaskError("the base model has no tokenizer; only tasks of text can be calibrated on.")
     problems = []
     for name, own in texts.items():
         try:
             with naming(own):
-                tokenize(mixture, own, answered=answered, right=(right or {}).get(name))
+                check = check_perceived if is_perceived(own) else tokenize
+                check(mixture, own, answered=answered, right=(right or {}).get(name))
         except TaskError as error:
             problems.append(str(error))
     collect(TaskError, problems, "texts must fit the base")
 
 
 def encode_texts(mixture: Mixture, texts: Texts, adapter: str) -> tuple[Passage, ...]:
-    """Return what an adapter reads of a task's texts, as tokens: the prompts, and the texts themselves of a perplexity task.
+    """Return what an adapter reads of a task's texts: the prompts, the texts themselves of a perplexity task, images, sounds.
 
     The decoder of an encoder-decoder model reads nothing of a prompt; it gets the answer that the adapter gives (see
     `own_answers`). No label of the data is read.
@@ -60,6 +61,8 @@ def encode_texts(mixture: Mixture, texts: Texts, adapter: str) -> tuple[Passage,
         TaskError: the adapter cannot answer, such as with scores that are NaN.
     """
     with naming(texts):
+        if is_perceived(texts):
+            return perceived_passages(mixture, texts, adapter)
         questions, _ = tokenize(mixture, texts)
         return passages_of(questions, own_answers(mixture, texts, adapter, questions))
 
@@ -124,9 +127,11 @@ def tokenize(
         right: the right answer of every text, in place of those that the task offers.
 
     Raises:
-        TaskError: one is longer than the base's context.
+        TaskError: the base has no tokenizer, or one is longer than its context.
     """
     ask, tokenizer, longest = texts.task.ask, mixture.tokenizer, 0
+    if tokenizer is None:
+        raise TaskError("the base model has no tokenizer, and the task's texts must be read.")
     if isinstance(ask, Reading):
         readings = encode_readings(tokenizer, texts.task, ask, texts.prompts)
         check_lengths(mixture.model, [len(q.prompt) for q in readings])

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any
 
 import torch.nn.functional as F
@@ -17,6 +19,7 @@ from plait.evaluation.packing import MOST_NODES
 from plait.linalg.inputs import InputRows, add_outer_products, mirror_lower
 
 _BATCH_TOKENS = 4096
+_BATCH_MEDIA = 8  # images or sounds read at a time
 MOST_ROWS = 2048  # inputs that are kept of a module; up to this width their sum of x xᵀ is, over all tokens
 _GOLDEN = (5**0.5 - 1) / 2  # multiples of it modulo 1 are spread evenly, and in step with no length of texts
 
@@ -31,16 +34,22 @@ class InputMoments:
         modules: path → module, all of one model.
         most_rows: inputs kept per module.
         seed: of the choice of tokens.
-        share: of the tokens that are looked at, evenly spread; the others are not summed either.
+        shares: path → share of the tokens that are looked at, evenly spread; the others are not summed either. All of a module
+            that is not named.
     """
 
     def __init__(
-        self, modules: Mapping[str, torch.nn.Module], *, most_rows: int = MOST_ROWS, seed: int = 0, share: float = 1.0
+        self,
+        modules: Mapping[str, torch.nn.Module],
+        *,
+        most_rows: int = MOST_ROWS,
+        seed: int = 0,
+        shares: Mapping[str, float] | None = None,
     ) -> None:
         self._modules = modules
         self._most = most_rows
         self._offset = random.Random(f"tokens {seed}").random()
-        self._share = share
+        self._shares = shares or {}
         self._taken: dict[str, _ModuleInputs] = {}
         self._source: dict[str, str] = {}  # path → path under which its inputs are kept
         self._last: tuple[str, Any] = ("", None)
@@ -67,6 +76,11 @@ class InputMoments:
         counts = {path: (taken.kept, taken.seen) for path, taken in self._taken.items()}
         return {path: counts[source] for path, source in self._source.items() if counts[source][0] < counts[source][1]}
 
+    @property
+    def seen(self) -> int:
+        """Tokens, patches or moments of sounds that the module with most of them was given."""
+        return max((taken.seen for taken in self._taken.values()), default=0)
+
     def _hook(self, path: str) -> Callable[[torch.nn.Module, tuple[Any, ...]], None]:
         def take(module: torch.nn.Module, inputs: tuple[Any, ...]) -> None:
             (x, *_) = inputs
@@ -77,7 +91,7 @@ class InputMoments:
             if source != path:  # other modules were run in between: a tensor of the same values, which cannot be seen
                 source = self._source[path] = path
             if path not in self._taken:
-                self._taken[path] = _ModuleInputs(self._most, self._offset, self._share)
+                self._taken[path] = _ModuleInputs(self._most, self._offset, self._shares.get(path, 1.0))
             self._taken[path].take(_rows(module, x))
             self._last = (path, x)
 
@@ -188,19 +202,19 @@ def without_padding(reader: Reader, passages: Sequence[Passage]) -> Iterator[lis
     """Yield batches in which nothing is padded: of equal lengths, up to a few thousand tokens; small ones of several lengths
     together, where the model reads such in one row.
     """
-    groups: dict[tuple[int, int], list[Passage]] = defaultdict(list)
+    groups: dict[tuple[tuple[int, ...], int, int], list[Passage]] = defaultdict(list)
     for passage in passages:
-        groups[len(passage.prompt), passage.tokens].append(passage)
+        groups[passage.form, len(passage.prompt), passage.tokens].append(passage)
     joins = len(groups) > 1 and reader.reads_in_one_row(passages)
     row: list[Passage] = []
-    for (_, tokens), group in sorted(groups.items()):
+    for (form, _, tokens), group in sorted(groups.items()):
         if joins and len(group) * tokens <= MOST_NODES:
             if row and sum(p.tokens for p in row) + len(group) * tokens > MOST_NODES:
                 yield row
                 row = []
             row += group
             continue
-        size = max(1, _BATCH_TOKENS // tokens)
+        size = _BATCH_MEDIA if form else max(1, _BATCH_TOKENS // tokens)
         for at in range(0, len(group), size):
             yield group[at : at + size]
     if row:
@@ -220,7 +234,8 @@ def take_moments(
 ) -> InputMoments:
     """Return the second moments of modules' inputs over the tokens of some passages, as a model that acts now reads them.
 
-    Of many tokens, twice `most_rows` are looked at, evenly spread: sums over all of them would cost as much as the model.
+    Of many tokens, twice `most_rows` are looked at, evenly spread: sums over all of them would cost as much as the model. Of
+    patches and moments of sounds no more than that, since their number is estimated from the largest passage.
 
     Args:
         model: of transformers, with whatever acts on it.
@@ -232,8 +247,13 @@ def take_moments(
         report: called with the number of passages read since it was last called.
         until: every passage is read up to the first of these modules.
     """
-    share = min(1.0, 2 * most_rows / sum(p.tokens for p in passages))
-    moments, reader = InputMoments(modules, most_rows=most_rows, seed=seed, share=share), Reader(model, head=head)
+    reader = Reader(model, head=head)
+    if passages[0].media is None:
+        shares = dict.fromkeys(modules, min(1.0, 2 * most_rows / sum(p.tokens for p in passages)))
+    else:
+        rows = _rows_of_largest(reader, modules, passages, until)
+        shares = {path: min(1.0, 2 * most_rows / (count * len(passages))) for path, count in rows.items()}
+    moments = InputMoments(modules, most_rows=most_rows, seed=seed, shares=shares)
     batches = list(without_padding(reader, passages))  # what it tries is not looked at
     with torch.inference_mode(), moments.watching(), _ending_at(until):
         for batch in batches:
@@ -241,6 +261,27 @@ def take_moments(
                 reader.read(batch)
             report(len(batch))
     return moments
+
+
+def _rows_of_largest(
+    reader: Reader, modules: Mapping[str, torch.nn.Module], passages: Sequence[Passage], until: Sequence[torch.nn.Module]
+) -> dict[str, int]:
+    """Return how many inputs each module gets of the largest passage: encoder and decoder, and convolutions, get different
+    numbers, which only the model knows.
+    """
+    counts: dict[str, int] = defaultdict(int)
+
+    def count(path: str, module: torch.nn.Module, inputs: tuple[Any, ...]) -> None:
+        counts[path] += len(_rows(module, inputs[0]))
+
+    hooks = [m.register_forward_pre_hook(partial(count, path)) for path, m in modules.items()]
+    try:
+        with torch.inference_mode(), _ending_at(until), suppress(_Reached):
+            reader.read([max(passages, key=lambda p: (math.prod(p.form), p.tokens))])
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {path: n for path, n in counts.items() if n}
 
 
 class _Reached(Exception):

@@ -1,4 +1,4 @@
-"""What a model reads and the positions at which it answers: the same tokens for teachers, moments and learning.
+"""What a model reads and the positions at which it answers: the same inputs for teachers, moments and learning.
 
 Differentiable, unlike the log-likelihoods of `evaluation`, and without a cache. Short passages of a causal model are packed in
 rows (see `packing`). Where that saves nothing, or a model cannot be read so, they are padded on the right without a mask, which
@@ -7,12 +7,14 @@ is exact (no position sees a later one) and faster than a mask.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 from plait.deferred import Tensor, torch
+from plait.errors import TaskError
 from plait.evaluation.model_calls import decoder_start
 from plait.evaluation.output_layer import only_positions
 from plait.evaluation.packing import PackedRows, pack_apart, pack_shared, packed_keywords, why_not_packed, worth_packing
@@ -21,23 +23,39 @@ from plait.notices import announce
 PAD = 0  # any token: padded positions are masked
 
 
-@dataclass(frozen=True)
-class Passage:
-    """One text as tokens.
+@dataclass(frozen=True, eq=False)
+class MediaInput:
+    """What a model is given of one image or sound.
 
     Attributes:
-        prompt: read by the model, or by the encoder of an encoder-decoder model; never empty.
-        answer: the tokens whose distributions are compared; empty where a head answers.
-        lead: what a decoder of its own reads before the answer, after its start token.
-        segments: which text of a pair every token is of; empty where all are of one.
-        places: at which tokens a head answers; empty where it answers once.
+        name: of the argument of its forward.
+        values: in its dtype, on the processor, without the dimension of a batch.
     """
 
-    prompt: tuple[int, ...]
+    name: str
+    values: Tensor
+
+
+@dataclass(frozen=True)
+class Passage:
+    """One text as tokens; or an image or a sound, and what is written of it as tokens.
+
+    Attributes:
+        prompt: read by the model, or by the encoder of an encoder-decoder model; empty only where there is `media`.
+        answer: the tokens whose distributions are compared; empty where a head answers.
+        lead: what a decoder of its own reads before the answer, after its start token; with `media` that token too, since it
+            is not always the first.
+        segments: which text of a pair every token is of; empty where all are of one.
+        places: at which tokens a head answers; empty where it answers once.
+        media: an image or a sound, read in place of a prompt.
+    """
+
+    prompt: tuple[int, ...] = ()
     answer: tuple[int, ...] = ()
     lead: tuple[int, ...] = ()
     segments: tuple[int, ...] = ()
     places: tuple[int, ...] = ()
+    media: MediaInput | None = None
 
     @property
     def positions(self) -> int:
@@ -46,8 +64,13 @@ class Passage:
 
     @property
     def tokens(self) -> int:
-        """How many tokens are read."""
+        """How many tokens are read, besides an image or a sound."""
         return len(self.prompt) + len(self.lead) + len(self.answer)
+
+    @property
+    def form(self) -> tuple[int, ...]:
+        """The shape of an image's or a sound's input, of which a batch has one; empty for a text."""
+        return () if self.media is None else tuple(self.media.values.shape)
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,17 +103,17 @@ class Reader:
 
     def logits(self, passages: Sequence[Passage]) -> Tensor:
         """Return the scores of the next token at every position of every answer, in order: (Σ positions, V) float32."""
-        return self._ask(self._input(passages))[0]
+        return self._ask(passages)[0]
 
     def states(self, passages: Sequence[Passage]) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Return the same scores, and the hidden states after every layer at the same positions, (Σ positions, d) each."""
-        return self._ask(self._input(passages), output_hidden_states=True)
+        return self._ask(passages, output_hidden_states=True)
 
     def read(self, passages: Sequence[Passage]) -> None:
         """Run the model over every token once and over nothing else, for hooks that look at its layers.
 
         Args:
-            passages: of one length, or ones that the model `reads_in_one_row`.
+            passages: of one length and form, or ones that the model `reads_in_one_row`.
         """
         sequences = [self._sequence(p) for p in passages]
         one_row = len(set(map(len, sequences))) > 1
@@ -100,11 +123,27 @@ class Reader:
 
     def reads_in_one_row(self, passages: Sequence[Passage]) -> bool:
         """Return whether the model reads passages of different lengths in one row as it reads each alone."""
-        return not self._head and not self._encoder_decoder and self._packs(passages)
+        if self._head or self._encoder_decoder or any(p.media for p in passages):
+            return False
+        return self._packs(passages)
 
-    def _ask(self, given: _Input, **more: Any) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def _ask(self, passages: Sequence[Passage], **more: Any) -> tuple[Tensor, tuple[Tensor, ...]]:
+        groups = [*_of_one_form(passages)]
+        if len(groups) == 1:
+            return self._ask_together(passages, **more)
+        parts = [self._ask_together([passages[i] for i in group], **more) for group in groups]
+        places = [*itertools.accumulate((p.positions for p in passages), initial=0)]
+        rows = [row for group in groups for i in group for row in range(places[i], places[i + 1])]
+        back = torch.tensor(rows, device=parts[0][0].device).argsort()
+        layers = zip(*(states for _, states in parts), strict=True)
+        return torch.cat([logits for logits, _ in parts])[back], tuple(torch.cat(layer)[back] for layer in layers)
+
+    def _ask_together(self, passages: Sequence[Passage], **more: Any) -> tuple[Tensor, tuple[Tensor, ...]]:
+        given = self._input(passages)
         with self._gathering(given) as gathered:
             out = self._model(**given.keywords, **more)
+        if self._head and getattr(out, "logits", None) is None:
+            raise TaskError(f"{type(self._model).__name__} has no head, and the task's labels are answered by one.")
         hidden = getattr(out, "decoder_hidden_states", None) or getattr(out, "hidden_states", None) or ()
         states = tuple(h[given.rows.to(h.device), given.columns.to(h.device)] for h in hidden[1:])
         if self._head and out.logits.ndim == 2:
@@ -113,10 +152,14 @@ class Reader:
         return scores.float(), states
 
     def _gathering(self, given: _Input) -> AbstractContextManager[Any]:
-        return nullcontext() if self._head else only_positions(self._model, given.rows, given.columns)
+        return only_positions(self._model, given.rows, given.columns) if self._writes(given) else nullcontext()
+
+    def _writes(self, given: _Input) -> bool:
+        """Whether the model answers by tokens: by a head it does not, nor by a label for every moment of a sound (CTC)."""
+        return not self._head and any(name.endswith("input_ids") for name in given.keywords)
 
     def _input(self, passages: Sequence[Passage]) -> _Input:
-        if self._head or self._encoder_decoder:
+        if self._head or self._encoder_decoder or passages[0].media is not None:
             return self._padded_input(passages)
         sequences = [self._sequence(p) for p in passages]
         packed = pack_shared(sequences)
@@ -129,10 +172,16 @@ class Reader:
         if self._head:
             return passage.prompt
         answer = passage.answer[:-1]
+        if passage.media is not None:
+            return (*passage.lead, *answer)
         return (decoder_start(self._model), *passage.lead, *answer) if self._encoder_decoder else (*passage.prompt, *answer)
 
     def _padded_input(self, passages: Sequence[Passage]) -> _Input:
         sequences = [self._sequence(p) for p in passages]
+        media = _stacked(passages, self._model.device)
+        if media and (self._head or not self._encoder_decoder):
+            alone = torch.arange(len(passages), device=self._model.device)
+            return _Input(media, alone, torch.zeros_like(alone))
         ids, mask = _padded(sequences, self._model.device)
         places = [(i, range(len(s))) for i, s in enumerate(sequences)]
         if self._head:
@@ -142,7 +191,9 @@ class Reader:
             at = [(i, column) for i, p in enumerate(passages) for column in p.places or [len(p.prompt) - 1]]
             return _Input(keywords, *torch.tensor(at, device=ids.device).unbind(1))
         keywords = {"input_ids": ids}
-        if self._encoder_decoder:
+        if media:
+            keywords = {**media, "decoder_input_ids": ids}
+        elif self._encoder_decoder:
             prompts, mask = _padded([p.prompt for p in passages], ids.device)
             keywords = {"input_ids": prompts, "attention_mask": mask, "decoder_input_ids": ids}
         return _Input({**keywords, "use_cache": False}, *_answers(passages, places, ids.device))
@@ -159,6 +210,20 @@ class Reader:
                 once=f"completely {name.__qualname__}",
             )
         return reason is None
+
+
+def _of_one_form(passages: Sequence[Passage]) -> Iterator[list[int]]:
+    """Yield the indices of passages that one pass reads: texts all, images and sounds of one shape."""
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for i, passage in enumerate(passages):
+        groups.setdefault(passage.form, []).append(i)
+    yield from groups.values()
+
+
+def _stacked(passages: Sequence[Passage], device: torch.device) -> dict[str, Tensor]:
+    """Return a batch of images or sounds by the name of the model's argument; nothing of texts."""
+    media = [p.media for p in passages if p.media is not None]
+    return {media[0].name: torch.stack([m.values for m in media]).to(device)} if media else {}
 
 
 def _answers(

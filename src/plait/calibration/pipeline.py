@@ -162,7 +162,7 @@ def _take(request: CalibrationRequest, mixture: Mixture, adapter: Adapter, key: 
         adapter=adapter.sha256(),
         base=request.base_digest,
         texts=request.text_digests(name),
-        tokens=sum(p.tokens for p in passages),
+        tokens=max(sum(p.tokens for p in passages), moments.seen),
         sampled=len(moments.sampled),
         key=key,
         plait=__version__,
@@ -210,12 +210,13 @@ def take_sequential_moments(
         for adapter in inventory.adapters:
             files = (place / f"{layer}-{adapter.name}.safetensors" for layer in count())
             parts = [MomentsFile(file) for file in takewhile(Path.exists, files)]
+            origins = [part.origin for part in parts if part.origin is not None]
             origin = MomentsOrigin(
                 adapter=adapter.sha256(),
                 base=request.base_digest,
                 texts=request.text_digests(adapter.name),
-                tokens=sum(p.tokens for p in passages[adapter.name]),
-                sampled=sum(part.origin.sampled for part in parts if part.origin is not None),
+                tokens=max([sum(p.tokens for p in passages[adapter.name]), *(o.tokens for o in origins)]),
+                sampled=sum(o.sampled for o in origins),
                 key=key,
                 plait=__version__,
                 sequential=True,

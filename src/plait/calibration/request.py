@@ -27,7 +27,6 @@ from plait.results.digests import sha256
 from plait.results.lock import relative_path
 from plait.results.versions import library_versions
 from plait.tasks.asking import Reading
-from plait.tasks.inputs import prompt_text
 from plait.tasks.loading import absolute_reference, recipe_tasks
 from plait.tasks.schema import Task
 
@@ -35,7 +34,6 @@ T = TypeVar("T")
 
 #: Raised by every change of plait after which moments of the same texts may be others.
 MOMENTS_VERSION = 1
-_SHOWN = 3
 _MODEL_FILES = ("*.json", "*.model", "*.txt", "*.jinja", "*.py")  # files next to a base's weights that decide what it computes
 
 
@@ -100,7 +98,8 @@ class CalibrationRequest:
         forms = [
             self.texts[task].task.model_dump(mode="json", exclude={"data", "splits"}) for task in self.tasks_of(adapter.name)
         ]
-        about = (self.spec.tokens, self.spec.seed, self.options.dtype, library_versions("transformers"))
+        about = [self.spec.tokens, self.spec.seed, self.options.dtype, library_versions("transformers")]
+        about += [made for task in self.tasks_of(adapter.name) if (made := self.texts[task].task.own_digest())]
         texts = self.text_digests(adapter.name)
         own = adapter_digest(adapter)
         return digest(MOMENTS_VERSION, self.base_digest, own, self.targets, texts, forms, about)
@@ -115,7 +114,7 @@ class CalibrationRequest:
                 source=t.source,
                 count=len(t.prompts),
                 digest=t.digest,
-                shown=tuple(prompt_text(p) for p in t.prompts[:_SHOWN]),
+                shown=t.shown,
             )
             for name, t in self.texts.items()
         )

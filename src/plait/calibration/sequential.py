@@ -82,9 +82,16 @@ def merge_layer_by_layer(
                             seed=seed,
                             until=above,
                         )
-                    known, sampled = moments.found(), len(moments.sampled)
+                    known = moments.found()
                     about = MomentsOrigin(
-                        adapter=name, base="", texts={}, tokens=0, sampled=sampled, key="", plait=__version__, sequential=True
+                        adapter=name,
+                        base="",
+                        texts={},
+                        tokens=moments.seen,
+                        sampled=len(moments.sampled),
+                        key="",
+                        plait=__version__,
+                        sequential=True,
                     )
                     write_moments(file, known, about)
                 current[name] = known

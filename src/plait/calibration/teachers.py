@@ -11,12 +11,14 @@ from typing import Any
 
 from plait.calibration.inputs import is_encoder_decoder, naming, own_answers, passages_of, tokenize
 from plait.calibration.passages import Passage, Reader
+from plait.calibration.perceiving import is_perceived, perceived_passages
 from plait.calibration.texts import Texts
 from plait.deferred import Tensor, torch
+from plait.errors import TaskError
 from plait.evaluation.likelihood import likeliest_answers
-from plait.evaluation.model_calls import BrokenOutputsError
+from plait.evaluation.model_calls import BrokenOutputsError, check_numbers
 from plait.mixture import Mixture
-from plait.tasks.asking import Head
+from plait.tasks.asking import Head, LabelHead
 from plait.tasks.encoding import Question
 
 _MOST_BYTES = 1 << 30  # of one task's distributions; above, only the largest entries are kept
@@ -115,6 +117,10 @@ def _naming_adapter(mixture: Mixture, name: str) -> Iterator[None]:
         raise BrokenOutputsError(f"{mixture.with_folder(name)}: {error}") from None
 
 
+def _unheard(done: int) -> None:
+    """Hear nothing."""
+
+
 def mean_of(sums: Iterable[tuple[float, int]]) -> float:
     """Return the mean per position, given (sum, count) of every text."""
     known = [*sums]
@@ -152,6 +158,14 @@ def answer_texts(
     ask = texts.task.ask
     head = isinstance(ask, Head)
     with naming(texts), _naming_adapter(mixture, adapter):
+        if is_perceived(texts):
+            writes = not head and right is None
+            passages = perceived_passages(mixture, texts, adapter, right=right, report=report if writes else _unheard)
+            with mixture.active({adapter: 1.0}) as model:
+                answers = teacher_distributions(model, passages, head=head, report=_unheard if writes else report)
+            if isinstance(ask, LabelHead) and (outputs := answers.log_p.shape[-1]) != len(ask.labels):
+                raise TaskError(f"the head of {adapter} has {outputs} outputs; the task has {len(ask.labels)} labels.")
+            return AnsweredTexts(passages, answers, (), head)
         questions, labels = tokenize(mixture, texts, answered=True, right=right)
         if labels and right is None and not is_encoder_decoder(mixture):
             with mixture.active({adapter: 1.0}) as model:
@@ -200,6 +214,9 @@ def teacher_distributions(
         head: whether the model answers by a classification head.
         batch_size: passages at a time.
         report: called with the number of passages read since it was last called.
+
+    Raises:
+        TaskError: the model's outputs are NaN.
     """
     reader = Reader(model, head=head)
     order = sorted(range(len(passages)), key=lambda i: (passages[i].tokens, i))
@@ -208,7 +225,9 @@ def teacher_distributions(
     with torch.inference_mode():
         for at in range(0, len(order), batch_size):
             batch = order[at : at + batch_size]
-            distributions = keep_distributions(reader.logits([passages[i] for i in batch]), positions=total)
+            logits = reader.logits([passages[i] for i in batch])
+            check_numbers(model, logits.amax(-1).tolist())
+            distributions = keep_distributions(logits, positions=total)
             start = 0
             for i in batch:
                 stop = start + passages[i].positions

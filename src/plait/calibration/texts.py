@@ -1,7 +1,7 @@
-"""Unlabeled texts, put into a task's prompt: what an adapter is shown to see what it does.
+"""Unlabeled texts, put into a task's prompt, or images or sounds: what an adapter is shown to see what it does.
 
 They come from one of the task's splits, from a file, or from nothing of the user's: generic lines that plait ships, or the bare
-prompt with every field `N/A`. No label is read in any of these.
+prompt with every field `N/A`. No label is read in any of these. Images and sounds come from a split or a file.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from __future__ import annotations
 import hashlib
 import random
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -20,40 +20,63 @@ from plait.errors import TaskError
 from plait.notices import announce
 from plait.parsing import read_text
 from plait.recipes.evaluation import SplitName
-from plait.tasks.asking import NumberHead, Similarity, TargetLikelihood
-from plait.tasks.examples import fields_of, prompts_of
-from plait.tasks.inputs import Example, Prompt, Row, prompt_text
+from plait.tasks.asking import ClassPrompts, NumberHead, Similarity, TargetLikelihood, Transcribed
+from plait.tasks.examples import Examples, fields_of, questions_of
+from plait.tasks.inputs import FileColumn, Prompt, Row
 from plait.tasks.loading import absolute_reference
-from plait.tasks.rows import read_file, read_rows
+from plait.tasks.row_files import folder_files
+from plait.tasks.rows import read_rows, rows_of_file
 from plait.tasks.schema import RowTask, Task
 
 TextKind = Literal["split", "file", "lines", "template"]
 _NOTHING = "N/A"
 MOST_TEXTS = 128  # of a split or a file, where no number is given
+_SHOWN = 3
 
 
 @dataclass(frozen=True)
 class Texts:
-    """The texts of one task.
+    """The texts of one task; its images or sounds, where it has such.
 
     Attributes:
         task: whose prompt they are in.
         kind: where they come from.
         source: the same in words; content is known by `digest` alone.
-        prompts: as the model reads them, before its chat template.
-        choices: per prompt, the answers that the task offers; empty where the answer is free.
+        examples: without right answers; of a perplexity task the text is the target.
     """
 
     task: RowTask
     kind: TextKind
     source: str
-    prompts: tuple[Prompt, ...]
-    choices: tuple[tuple[str, ...], ...]
+    examples: Examples
+
+    @property
+    def prompts(self) -> tuple[Prompt, ...]:
+        """What is read as text, before the model's chat template; empty texts next to images and sounds."""
+        return tuple(e.prompt for e in self.examples.items)
+
+    @property
+    def choices(self) -> tuple[tuple[str, ...], ...]:
+        """Per prompt, the answers that the task offers; empty where the answer is free."""
+        likelihood = isinstance(self.task.ask, TargetLikelihood)
+        return tuple((e.target,) if likelihood else e.choices for e in self.examples.items)
+
+    @property
+    def shown(self) -> tuple[str, ...]:
+        """The first three, for people."""
+        return tuple(e.prompt_text for e in self.examples.items[:_SHOWN])
 
     @property
     def digest(self) -> str:
         """Hash of everything that is read, 16 hex digits."""
-        return hashlib.sha256(repr((self.prompts, self.choices)).encode()).hexdigest()[:16]
+        read: object = (self.prompts, self.choices)
+        if self.task.file_column is not None:
+            read = [e.question for e in self.examples.items]
+        return hashlib.sha256(repr(read).encode()).hexdigest()[:16]
+
+    def take(self, indices: Sequence[int]) -> Texts:
+        """Return some of the texts."""
+        return replace(self, examples=self.examples.take(indices))
 
 
 def read_texts(
@@ -71,49 +94,66 @@ def read_texts(
     Args:
         task: whose prompt they are put into.
         kind: where they come from; None: a file where one is given, else `split` (or `calibration`, or `train`) where the task
-            has it, else lines.
+            has it, else lines, which images and sounds have not.
         count: how many, at most; None: `MOST_TEXTS` of a split or a file, all lines.
         seed: which of them, and in which order.
         split: of the task; `calibration` where it has one, else `train`, when None.
-        file: rows whose columns are the prompt's fields; or a text file, whose lines each fill the one field of the prompt.
-        added: generic lines that follow those of a split or a file.
+        file: rows whose columns are the prompt's fields, or name images or sounds; a text file, whose lines each fill the one
+            field of the prompt; or a folder of images or sounds.
+        added: generic lines that follow those of a split or a file of texts.
 
     Raises:
-        TaskError: the task asks nothing by a prompt of its own, or the texts do not fit it.
+        TaskError: the task asks nothing by a prompt of its own, or the texts do not fit it; images or sounds are neither in a
+            split nor in a file.
     """
     if not isinstance(task, RowTask):
         raise TaskError(f"task {task.name!r} ({task.kind}) has no prompt of its own to put texts into; use a task file.")
-    if task.file_column is not None:
-        raise TaskError(seen_problem(task))
+    chosen = kind
     if kind is None:
         own = split is not None or not {"calibration", "train"}.isdisjoint(task.splits)
         kind = "file" if file is not None else "split" if own else "lines"
-        if kind == "lines":
-            announce(
-                f"task {task.name!r} has no texts of its own (no split 'calibration' or 'train'): generic lines that plait "
-                "ships are put into its prompt, as --texts lines does. --texts template takes the bare prompt."
-            )
-    rows, source = _rows(task, kind, split, file)
+    if task.file_column is not None:
+        _check_files(task, task.file_column, kind)
+    elif chosen is None and kind == "lines":
+        announce(
+            f"task {task.name!r} has no texts of its own (no split 'calibration' or 'train'): generic lines that plait "
+            "ships are put into its prompt, as --texts lines does. --texts template takes the bare prompt."
+        )
+    rows, source, where = _rows(task, kind, split, file)
+    numbers: Sequence[int] = range(len(rows))
     if kind != "template":
-        rows = _chosen(task, rows, MOST_TEXTS if count is None and kind != "lines" else count, seed)
-    found = prompts_of(task, rows)
-    if kind in ("split", "file") and added:
+        numbers = chosen_rows(task, len(rows), MOST_TEXTS if count is None and kind != "lines" else count, seed)
+    found = questions_of(task, [rows[i] for i in numbers], numbers)
+    if kind in ("split", "file") and added and task.file_column is None:
+        lines = _filled(task, generic_lines())
         try:
-            lines = prompts_of(task, _chosen(task, _filled(task, generic_lines()), added, seed))
+            more = questions_of(task, [lines[i] for i in chosen_rows(task, len(lines), added, seed)])
         except TaskError as error:
             announce(f"task {task.name!r}: generic lines do not fit its prompt, so that its own texts alone are read: {error}")
         else:
-            source += f" ({len(found)}) and {len(lines)} generic lines"
-            found += lines
-    return Texts(task, kind, source, tuple(prompt for prompt, _ in found), tuple(choices for _, choices in found))
+            source += f" ({len(found)}) and {len(more)} generic lines"
+            found, numbers = [*found, *more], range(len(found) + len(more))
+    return Texts(task, kind, source, Examples(task, where, tuple(found), rows=tuple(numbers)))
 
 
-def seen_problem(task: Task) -> str:
-    """Return, in words, why a task of images or sounds gives no texts."""
-    return (
-        f"task {task.name!r} ({task.kind}) has images or sounds, and only texts are read to calibrate and tune. plait eval and "
-        "plait sweep have such tasks; methods without moments merge their adapters."
-    )
+def _check_files(task: RowTask, column: FileColumn, kind: TextKind) -> None:
+    """Refuse what cannot be read of a task of images or sounds."""
+    if isinstance(task.ask, ClassPrompts):
+        raise TaskError(
+            f"task {task.name!r}: class prompts are answered without a head, by the texts that are nearest, which is not "
+            "covered to calibrate and tune. Methods without moments merge such adapters; plait sweep searches by the metric."
+        )
+    if isinstance(task.ask, Transcribed):
+        raise TaskError(
+            f"task {task.name!r} ({task.kind}): transcripts are not covered to calibrate and tune. Methods without moments "
+            "merge such adapters; plait sweep searches by the metric."
+        )
+    if kind in ("lines", "template"):
+        raise TaskError(
+            f"task {task.name!r} ({task.kind}): no text can replace an {column.kind} file, so that plait has none to read. "
+            f"Give the task a split 'calibration' or 'train' (or --split NAME), or --texts {task.name}=FILE: rows with the "
+            f"column {column.name!r}, or a folder of such files. No label is read."
+        )
 
 
 def answer_problem(task: Task) -> str | None:
@@ -127,10 +167,11 @@ def answer_problem(task: Task) -> str | None:
     )
 
 
-def _chosen(task: RowTask, rows: Sequence[Row], count: int | None, seed: int) -> list[Row]:
-    order = list(range(len(rows)))
+def chosen_rows(task: RowTask, rows: int, count: int | None, seed: int) -> list[int]:
+    """Return which of so many rows of a task are read, in their order: at most `count`, chosen by the seed."""
+    order = list(range(rows))
     random.Random(f"texts {seed} {task.name}").shuffle(order)
-    return [rows[i] for i in sorted(order[:count])]
+    return sorted(order[:count])
 
 
 def overlap_with_evaluation(texts: Texts) -> list[str]:
@@ -140,8 +181,8 @@ def overlap_with_evaluation(texts: Texts) -> list[str]:
         if shared := texts_in_split(texts, split):
             problems.append(
                 f"task {texts.task.name!r}: {len(shared)} of {len(texts.prompts)} texts ({texts.source}) are in split "
-                f"{split!r} too, such as {prompt_text(texts.prompts[shared[0]])[-80:]!r}. Give other texts, or take them out "
-                "of one of the two."
+                f"{split!r} too, such as {texts.examples.items[shared[0]].prompt_text[-80:]!r}. Give other texts, or take them "
+                "out of one of the two."
             )
     return problems
 
@@ -151,34 +192,31 @@ def texts_in_split(texts: Texts, split: SplitName) -> list[int]:
     task = texts.task
     if split not in task.splits:
         return []
-    questions_of_split = set(_questions(task, prompts_of(task, read_rows(task, split))))
-    own = _questions(task, zip(texts.prompts, texts.choices, strict=True))
-    return [i for i, question in enumerate(own) if question in questions_of_split]
+    asked = {e.question for e in questions_of(task, read_rows(task, split))}
+    return [i for i, e in enumerate(texts.examples.items) if e.question in asked]
 
 
-def _questions(task: RowTask, pairs: Iterable[tuple[Prompt, tuple[str, ...]]]) -> list[str]:
-    """Return the hash of (prompt, choices), as `Example.question` has it."""
-    if isinstance(task.ask, TargetLikelihood):  # whose text is the target
-        return [Example.of(prompt, text).question for prompt, (text,) in pairs]
-    return [Example.of(prompt, "", choices).question for prompt, choices in pairs]
-
-
-def _rows(task: RowTask, kind: TextKind, split: SplitName | None, file: str | Path | None) -> tuple[Sequence[Row], str]:
+def _rows(task: RowTask, kind: TextKind, split: SplitName | None, file: str | Path | None) -> tuple[Sequence[Row], str, str]:
+    """Return rows, where they are from in words, and the name of that."""
     match kind:
         case "split":
             name = split or ("calibration" if "calibration" in task.splits else "train")
-            return read_rows(task, name), f"split {name!r}"
+            return read_rows(task, name), f"split {name!r}", name
         case "file":
-            return _file_rows(task, Path(absolute_reference(str(file)))), Path(str(file)).name
+            path = Path(absolute_reference(str(file)))
+            return _file_rows(task, path), path.name, path.name
         case "lines":
-            return _filled(task, generic_lines()), "generic lines"
+            return _filled(task, generic_lines()), "generic lines", "lines"
         case "template":
-            return [_row(task, [_NOTHING])], "the bare prompt"
+            return [_row(task, [_NOTHING])], "the bare prompt", "template"
 
 
 def _file_rows(task: RowTask, path: Path) -> Sequence[Row]:
+    column = task.file_column
+    if column is not None:
+        return folder_files(path, column) if path.is_dir() else rows_of_file(task, path)
     if path.suffix.lower() != ".txt":
-        return read_file(path, besides=[".txt"])
+        return rows_of_file(task, path, besides=[".txt"])
     fields = fields_of(task)
     if len(fields) != 1:
         raise TaskError(

@@ -17,8 +17,7 @@ from plait.adapters.adapter import Adapter, with_folder
 from plait.checkpoints.files import find_weights, read_config
 from plait.checkpoints.quantization import quantization
 from plait.errors import PlaitError, TaskError
-from plait.extras import require
-from plait.hub.pretrained import LoadOptions, load_feature_extractor, load_image_processor
+from plait.hub.pretrained import LoadOptions
 from plait.libraries.transformers import quiet_loading
 from plait.mixture import Mixture
 from plait.notices import announce
@@ -79,18 +78,8 @@ class LoadedBase:
         column = getattr(task, "file_column", None)
         if column is None:
             return Readers(self.tokenizer)
-        processor = self._image_processor if column.kind == "image" else self._feature_extractor
-        return Readers(self.tokenizer if isinstance(task.ask, (ClassPrompts, Transcribed)) else None, processor)
-
-    @cached_property
-    def _image_processor(self) -> Any:
-        require("a model of images", {"vision": ["PIL"]})
-        return load_image_processor(self.base, trust_remote_code=self.options.trust_remote_code)
-
-    @cached_property
-    def _feature_extractor(self) -> Any:
-        require("a model of sounds", {"audio": ["soundfile"]})
-        return load_feature_extractor(self.base, trust_remote_code=self.options.trust_remote_code)
+        tokenizer = self.tokenizer if isinstance(task.ask, (ClassPrompts, Transcribed)) else None
+        return Readers(tokenizer, self.mixture.processor(column.kind))
 
     def with_folder(self, name: str) -> str:
         """Return a name, and where the adapter of that name is."""

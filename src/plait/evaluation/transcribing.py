@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from importlib import import_module
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -33,7 +33,37 @@ def transcripts(
     report: StepListener = lambda done: None,
     contender: str = "the model",
 ) -> list[str]:
-    """Return what a model writes down of every sound, without special tokens.
+    """Return what a model writes down of every sound, without special tokens; arguments and errors as `written`."""
+    found = written(model, tokenizer, extractor, examples, ask, batch_size=batch_size, report=report, contender=contender)
+    return [one.text for one in found]
+
+
+class Transcript(NamedTuple):
+    """What a model wrote down of a sound.
+
+    Attributes:
+        text: without special tokens, and without blanks at its ends.
+        tokens: that its decoder wrote after the beginning, with the end, where it came to one; of CTC the likeliest labels.
+        is_cut: whether it has as many tokens as it may have.
+    """
+
+    text: str
+    tokens: tuple[int, ...]
+    is_cut: bool = False
+
+
+def written(
+    model: Any,
+    tokenizer: Any,
+    extractor: Any,
+    examples: Examples,
+    ask: Transcribed,
+    *,
+    batch_size: int,
+    report: StepListener = lambda done: None,
+    contender: str = "the model",
+) -> list[Transcript]:
+    """Return what a model writes down of every sound.
 
     Args:
         model: of transformers, which writes down sounds.
@@ -50,26 +80,25 @@ def transcripts(
             output is NaN.
     """
     write = writer_of(model, tokenizer, extractor, examples, ask)
-    found = [""] * len(examples.items)
-    cut = 0
+    found: list[Transcript | None] = [None] * len(examples.items)
     for batch, given in heard(model, extractor, examples, batch_size):
         with torch.inference_mode():
-            texts, long = write(given, examples.items[batch[0]].text or "")
-        for i, text in zip(batch, texts, strict=True):
-            found[i] = text.strip()
-        cut += long
+            made = write(given, examples.items[batch[0]].text or "")
+        for i, one in zip(batch, made, strict=True):
+            found[i] = one._replace(text=one.text.strip())
         report(len(batch))
-    if cut:
+    all_found = [one for one in found if one is not None]
+    if cut := sum(one.is_cut for one in all_found):
         announce(
             f"{examples.task.where}: {contender}: {cut} of {len(found)} transcripts reach max_new_tokens or the end of what "
             "the decoder writes, and may lack their end; their errors count as they are.",
             once=f"cut transcripts {examples.task.name} {contender}",
         )
-    return found
+    return all_found
 
 
-#: Takes a batch of inputs and the text before; returns the transcripts, and how many have as many tokens as they may have.
-_Writer: TypeAlias = Callable[[Tensor, str], tuple[list[str], int]]
+#: Takes a batch of inputs and the text before; returns the transcripts, with the blanks at their ends.
+_Writer: TypeAlias = Callable[[Tensor, str], list[Transcript]]
 
 
 def writer_of(model: Any, tokenizer: Any, extractor: Any, examples: Examples, ask: Transcribed) -> _Writer:
@@ -99,14 +128,14 @@ def writer_of(model: Any, tokenizer: Any, extractor: Any, examples: Examples, as
 def _whisper(model: Any, tokenizer: Any, where: str, ask: Transcribed, texts: set[str]) -> _Writer:
     """Return what writes down a batch by Whisper's own `generate`, without times."""
     keywords = _spoken(model, where, ask)
-    places = int(model.config.max_target_positions)
+    places, end = int(model.config.max_target_positions), int(tokenizer.eos_token_id)
     prompts = {"": None} | {text: _prompt(model, tokenizer, where, text) for text in texts}
     limits = {text: places - _WHISPER_LEAD - (0 if ids is None else len(ids)) for text, ids in prompts.items()}
     if (most := min(limits.values())) < (ask.max_new_tokens or 1):
         raise _too_long(where, ask, places, "the beginning and 'prompt' leave", most)
     frames = 2 * int(model.config.max_source_positions)  # the second convolution halves them
 
-    def write(given: Tensor, text: str) -> tuple[list[str], int]:
+    def write(given: Tensor, text: str) -> list[Transcript]:
         if given.shape[-1] != frames:
             raise TaskError(
                 f"{where}: the feature extractor makes {given.shape[-1]} frames of a sound; the model hears {frames}."
@@ -115,9 +144,9 @@ def _whisper(model: Any, tokenizer: Any, where: str, ask: Transcribed, texts: se
         own = {**library.whisper_settings(model), "return_timestamps": False}
         before = None if (ids := prompts[text]) is None else ids.to(model.device)
         out = _generated(model, ask, own, limit, input_features=given, prompt_ids=before, **keywords)
-        special = set(tokenizer.all_special_ids)
-        lengths = [sum(token not in special for token in row) for row in out.tolist()]
-        return tokenizer.batch_decode(out, skip_special_tokens=True), sum(length >= limit for length in lengths)
+        texts, special = tokenizer.batch_decode(out, skip_special_tokens=True), set(tokenizer.all_special_ids)
+        rows = [[token for token in row if token not in special] for row in out.tolist()]
+        return [_transcript(*pair, limit, end) for pair in zip(texts, rows, strict=True)]
 
     return write
 
@@ -186,15 +215,36 @@ def beginning(model: Any, tokenizer: Any, where: str, ask: Transcribed, text: st
     return [*([] if prompt is None else prompt.tolist()), *found]
 
 
+def transcript_tokens(model: Any, tokenizer: Any, text: str, first: int) -> list[int]:
+    """Return the tokens of a transcript and of its end, as a decoder learns to write them.
+
+    Whisper writes a blank before a text, unless that is a token by itself, which its settings forbid at the beginning.
+
+    Args:
+        model: of transformers; its weights are not used.
+        tokenizer: its tokenizer.
+        text: the transcript.
+        first: the last token of the `beginning`.
+    """
+    forbidden = getattr(model.generation_config, "begin_suppress_tokens", None)
+    end = tokenizer.eos_token_id
+    if forbidden is not None:
+        spaced = tokenizer(f" {text}", add_special_tokens=False)["input_ids"]
+        plain = tokenizer(text, add_special_tokens=False)["input_ids"]
+        return [*(plain if spaced[0] in forbidden else spaced), end]
+    ids: list[int] = tokenizer(text)["input_ids"]
+    ids = ids[1:] if ids[:1] == [first] else ids
+    return ids if ids[-1:] == [end] else [*ids, end]
+
+
 def _ctc(model: Any, tokenizer: Any, extractor: Any) -> _Writer:
     """Return what writes down a batch by the likeliest label of every moment; the tokenizer joins what is repeated."""
 
-    def write(given: Tensor, _: str) -> tuple[list[str], int]:
+    def write(given: Tensor, _: str) -> list[Transcript]:
         logits = model(**{extractor.model_input_names[0]: given}).logits
         check_numbers(model, logits.amax((1, 2)).tolist())
-        return [
-            tokenizer.decode(row) for row in logits.argmax(-1).tolist()
-        ], 0  # what joins labels needs the blank between them
+        rows = logits.argmax(-1).tolist()  # what joins labels needs the blank between them
+        return [Transcript(tokenizer.decode(row), tuple(row)) for row in rows]
 
     return write
 
@@ -215,12 +265,19 @@ def _decoder(model: Any, tokenizer: Any, where: str, ask: Transcribed) -> _Write
         "pad_token_id": 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
     }
 
-    def write(given: Tensor, _: str) -> tuple[list[str], int]:
+    def write(given: Tensor, _: str) -> list[Transcript]:
         out = _generated(model, ask, own, int(limit), **{model.main_input_name: given})
         rows = [_until(row, ends) for row in out[:, 1:].tolist()]
-        return tokenizer.batch_decode(rows, skip_special_tokens=True), sum(len(row) >= limit for row in rows)
+        texts = tokenizer.batch_decode(rows, skip_special_tokens=True)
+        return [_transcript(*pair, int(limit), min(ends, default=None)) for pair in zip(texts, rows, strict=True)]
 
     return write
+
+
+def _transcript(text: str, tokens: Sequence[int], limit: int, end: int | None) -> Transcript:
+    """Return a transcript of a decoder that may write so many tokens, and ends with a token if it has one."""
+    is_cut = len(tokens) >= limit
+    return Transcript(text, (*tokens, *([] if is_cut or end is None else [end])), is_cut)
 
 
 def _until(row: Sequence[int], ends: frozenset[int]) -> list[int]:

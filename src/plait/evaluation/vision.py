@@ -33,7 +33,7 @@ def image_outputs(
         TaskError: the model has no head of that many outputs, or its output is NaN.
     """
     found: list[list[float]] = []
-    for pixels in _pixels(model, processor, images, batch_size):
+    for pixels in seen(model, processor, images, batch_size):
         with torch.inference_mode():
             rows = logits_of(model, model(pixel_values=pixels), 2, outputs).float().tolist()
         for row in rows:
@@ -76,7 +76,7 @@ def class_likeness(
         )
     classes = _class_vectors(model, tokenizer, texts, batch_size)
     found: list[list[float]] = []
-    for pixels in _pixels(model, processor, images, batch_size):
+    for pixels in seen(model, processor, images, batch_size):
         with torch.inference_mode():
             vectors = _unit(features_of(model.get_image_features(pixel_values=pixels)).float())
             rows = (model.logit_scale.float().exp() * vectors @ classes.T).tolist()
@@ -107,8 +107,8 @@ def _unit(vectors: Tensor) -> Tensor:
     return torch.nn.functional.normalize(vectors, dim=-1)
 
 
-def _pixels(model: Any, processor: Any, images: Sequence[bytes], batch_size: int) -> Iterator[Tensor]:
-    """Yield the model's inputs, (B, channels, height, width) in its dtype."""
+def seen(model: Any, processor: Any, images: Sequence[bytes], batch_size: int) -> Iterator[Tensor]:
+    """Yield a model's inputs of encoded images in turn, (B, channels, height, width) in its dtype."""
     for at in range(0, len(images), batch_size):
         yield image_inputs(processor, images[at : at + batch_size]).to(model.device, model.dtype)
 

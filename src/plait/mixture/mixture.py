@@ -16,7 +16,10 @@ from plait.adapters.adapter import Adapter, with_folder
 from plait.adapters.lowrank import LowRank
 from plait.adapters.names import layer_key
 from plait.adapters.writing import output_dtype
-from plait.errors import PlanError, collect, did_you_mean
+from plait.errors import PlanError, TaskError, collect, did_you_mean
+from plait.extras import require
+from plait.hub.download import resolve_model
+from plait.hub.pretrained import load_feature_extractor, load_image_processor
 from plait.merging.engine import MergedModule
 from plait.merging.heads import same_full_tensors
 from plait.mixture.arrangement import Arrangement
@@ -81,6 +84,8 @@ class Mixture:
         _check_free(model, None)
         self.model = model.eval().requires_grad_(requires_grad=False)
         self.tokenizer = tokenizer
+        self._files: tuple[Path, bool] | None = None  # of the base, and whether code among them may run
+        self._processors: dict[str, Any] = {}
         self._adapters = tuple(adapters)
         self.names = tuple(a.name for a in adapters)
         if len(set(self.names)) < len(self.names):
@@ -133,7 +138,26 @@ class Mixture:
         model, tokenizer = load_base_model(
             base, adapters, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code
         )
-        return cls(model, adapters, tokenizer, factors=factors)
+        loaded = cls(model, adapters, tokenizer, factors=factors)
+        loaded._files = resolve_model(str(base)).folder, trust_remote_code
+        return loaded
+
+    def processor(self, kind: Literal["image", "audio"]) -> Any:
+        """Return what makes the base's inputs of images, or of sounds, as transformers has it; loaded once.
+
+        Raises:
+            TaskError: the base has none, it cannot be loaded, or the base was not loaded from files.
+            MissingPackageError: what decodes such files is not installed.
+        """
+        if kind not in self._processors:
+            if self._files is None:
+                raise TaskError(f"the base is in memory alone, without the files that say how it reads {kind} files.")
+            what, needed = ("images", {"vision": ["PIL"]}) if kind == "image" else ("sounds", {"audio": ["soundfile"]})
+            require(f"a model of {what}", needed)
+            load = load_image_processor if kind == "image" else load_feature_extractor
+            folder, trust_remote_code = self._files
+            self._processors[kind] = load(folder, trust_remote_code=trust_remote_code)
+        return self._processors[kind]
 
     @contextmanager
     def active(self, weights: Mapping[str, float] | None, *, heads: str | bool = True) -> Iterator[nn.Module]:

@@ -15,7 +15,6 @@ from plait.tasks.rows import read_rows
 from plait.tasks.schema import RowTask, Task
 from plait.tasks.templates import Template
 
-_SHOWN = 5
 _PORTION = 1024  # rows between two looks at what was wrong
 _NOTHING = "N/A"
 _NOT_HASHED = {"name", "description", "data", "splits", "adapter", "include", "spellings"}  # names and places
@@ -27,14 +26,14 @@ class Examples:
 
     Attributes:
         task: what is asked.
-        split: which rows.
+        split: which rows, by the split's name; or the file that they are from.
         items: in the rows' order.
         blank: the prompt with every column `N/A` (content-free input), for tasks with `calibrated`.
         rows: indices of the items in the split; None for all of it, in order.
     """
 
     task: Task
-    split: SplitName
+    split: str
     items: tuple[Example, ...]
     blank: Prompt | None = None
     rows: tuple[int, ...] | None = None
@@ -72,7 +71,7 @@ def read_examples(task: Task, split: SplitName) -> Examples:
         if len(problems) >= task.problems_shown:
             break
     collect(TaskError, problems[: task.problems_shown], f"task {task.name!r}: rows that do not fit, the first of them")
-    check_total([data for e in items for data in (e.image, e.audio) if data is not None], task.where)
+    check_total([data for e in items for data in e.files], task.where)
     blank = make.blank(rows[0]) if isinstance(task.ask, Choices) and task.ask.calibrated else None
     return Examples(task, split, tuple(items), blank)
 
@@ -82,22 +81,29 @@ def fields_of(task: RowTask) -> tuple[str, ...]:
     return tuple(sorted({name for source in task.sources() for name in Template(source, task.where).columns}))
 
 
-def prompts_of(task: RowTask, rows: Sequence[Row]) -> list[tuple[Prompt, tuple[str, ...]]]:
-    """Return prompt and choices of every row, without a target; the text itself is the only choice of a perplexity task.
+def questions_of(task: RowTask, rows: Sequence[Row], numbers: Sequence[int] | None = None) -> list[Example]:
+    """Return the example of every row without its right answer, which is not read; of a perplexity task the text is the target.
+
+    Args:
+        task: what is asked.
+        rows: some of its data.
+        numbers: of the rows, for messages.
 
     Raises:
-        TaskError: rows do not fit the templates; the first few are listed.
+        TaskError: rows do not fit the templates, or hold what cannot be decoded; the first few are listed.
     """
-    texts = task.target_template.each(rows) if isinstance(task.ask, TargetLikelihood) else None
-    choices = task.choices_of()(rows) if texts is None else [(t,) if isinstance(t, str) else t for t in texts]
-    found: list[tuple[Prompt, tuple[str, ...]]] = []
+    texts = task.target_template.each(rows) if isinstance(task.ask, TargetLikelihood) else [""] * len(rows)
+    found: list[Example] = []
     problems: list[str] = []
-    for number, (inputs, chosen) in enumerate(zip(task.inputs_of()(rows), choices, strict=True)):
-        if isinstance(inputs, TaskError) or isinstance(chosen, TaskError):
-            problems.append(f"{inputs if isinstance(inputs, TaskError) else chosen} (text {number})")
+    for number, parts in enumerate(zip(task.inputs_of()(rows), texts, task.choices_of()(rows), strict=True)):
+        inputs, text, choices = parts
+        if isinstance(inputs, TaskError) or isinstance(text, TaskError) or isinstance(choices, TaskError):
+            wrong = next(part for part in parts if isinstance(part, TaskError))
+            problems.append(f"{wrong} (row {number if numbers is None else numbers[number]})")
         else:
-            found.append((Example(inputs, "").prompt, chosen))
-    collect(TaskError, problems[:_SHOWN], f"{task.where}: texts that do not fit, the first of them")
+            found.append(Example(inputs, text, choices))
+    collect(TaskError, problems[: task.problems_shown], f"{task.where}: texts that do not fit, the first of them")
+    check_total([data for e in found for data in e.files], task.where)
     return found
 
 

@@ -102,6 +102,11 @@ class Example:
         return found if isinstance(found, bytes) else None
 
     @property
+    def files(self) -> tuple[bytes, ...]:
+        """The encoded files among the inputs."""
+        return tuple(data for data in (self.image, self.audio) if data is not None)
+
+    @property
     def prompt(self) -> Prompt:
         """What is read as text: the chat turns, the words, the pair or the text; empty where there is none of them."""
         if self.messages is not None:

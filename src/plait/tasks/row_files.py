@@ -46,12 +46,29 @@ def folder_rows(folder: Path, column: FileColumn) -> list[Row]:
     """
     classes = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
     files = [(c.name, p) for c in classes for p in sorted(c.iterdir()) if not p.name.startswith(".")]
-    others = [str(p) for _, p in files if p.suffix.lower() not in column.endings]
-    if others:
-        raise TaskError(f"{others[0]}: by its name this is not an {column.kind} file; allowed: {', '.join(column.endings)}.")
+    _check_endings([p for _, p in files], column)
     if not files:
         raise TaskError(f"{folder}: a source that is a folder has one folder per class with its files, and there are none.")
     return [{column.name: str(p), "label": name} for name, p in files]
+
+
+def folder_files(folder: Path, column: FileColumn) -> list[Row]:
+    """Return a row per image or sound of a folder without classes.
+
+    Raises:
+        TaskError: there are none, or something else lies among them.
+    """
+    files = [p for p in sorted(folder.iterdir()) if not p.name.startswith(".")]
+    _check_endings(files, column)
+    if not files:
+        raise TaskError(f"{folder}: this folder must hold {column.kind} files, and it is empty.")
+    return [{column.name: str(p)} for p in files]
+
+
+def _check_endings(files: Sequence[Path], column: FileColumn) -> None:
+    others = [p for p in files if p.suffix.lower() not in column.endings]
+    if others:
+        raise TaskError(f"{others[0]}: by its name this is not an {column.kind} file; allowed: {', '.join(column.endings)}.")
 
 
 def check_total(files: Sequence[bytes], where: str) -> None:

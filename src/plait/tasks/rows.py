@@ -65,8 +65,12 @@ def _local_rows(task: RowTask, place: Path, split: Split, name: SplitName) -> li
     column = task.file_column
     if column is not None and split.source is not None and (place / split.source).is_dir():
         return folder_rows(place / split.source, column)
-    file = _file(task, place, split, name)
-    rows = read_file(file)
+    return rows_of_file(task, _file(task, place, split, name))
+
+
+def rows_of_file(task: RowTask, file: Path, *, besides: Sequence[str] = ()) -> list[Row]:
+    """Return the rows of one file; their paths of images or sounds begin at its folder. Arguments and errors as `read_file`."""
+    rows, column = read_file(file, besides=besides), task.file_column
     return rows if column is None else [_beside(row, column.name, file.parent) for row in rows]
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from plait.errors import PlanError, TaskError
 from plait.evaluation.model_calls import padded
-from plait.evaluation.transcribing import beginning, writer_of
+from plait.evaluation.transcribing import beginning, transcript_tokens, writer_of
 from plait.extras import optional
 from plait.hub.pretrained import load_model, load_tokenizer
 from plait.libraries.transformers import writes_sounds_down
@@ -134,25 +134,9 @@ class _Encoder:
         if example.before not in self._before:
             self._before[example.before] = beginning(self.model, self.readers.tokenizer, where, self._ask, example.before)
         before = self._before[example.before]
-        ids = [*before, *self._written(example.target, before[-1])]
+        ids = [*before, *transcript_tokens(self.model, self.readers.tokenizer, example.target, before[-1])]
         labels = [IGNORED] * (len(before) - 1) + ids[len(before) :]
         return {"example": example, "decoder_input_ids": ids[:-1], "labels": labels}
-
-    def _written(self, text: str, first: int) -> list[int]:
-        """Return the tokens of a transcript and of its end.
-
-        Whisper writes a blank before a text, unless that is a token by itself, which its settings forbid at the beginning.
-        """
-        tokenizer, settings = self.readers.tokenizer, self.model.generation_config
-        forbidden = getattr(settings, "begin_suppress_tokens", None)
-        end = tokenizer.eos_token_id
-        if forbidden is not None:
-            spaced = tokenizer(f" {text}", add_special_tokens=False)["input_ids"]
-            plain = tokenizer(text, add_special_tokens=False)["input_ids"]
-            return [*(plain if spaced[0] in forbidden else spaced), end]
-        ids: list[int] = tokenizer(text)["input_ids"]
-        ids = ids[1:] if ids[:1] == [first] else ids
-        return ids if ids[-1:] == [end] else [*ids, end]
 
 
 class _Batches:

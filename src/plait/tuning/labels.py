@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import random
+from dataclasses import replace
 
-from plait.calibration.texts import MOST_TEXTS, Texts, seen_problem
+from plait.calibration.texts import MOST_TEXTS, Texts, chosen_rows
 from plait.errors import TaskError
 from plait.recipes.tuning import TuneSpec
+from plait.tasks.asking import TargetLikelihood
 from plait.tasks.examples import read_examples
+from plait.tasks.inputs import Example
 from plait.tasks.schema import RowTask, Task
 
 
@@ -19,8 +21,6 @@ def read_labeled(task: Task, spec: TuneSpec) -> tuple[Texts, tuple[str, ...]]:
     """
     if not isinstance(task, RowTask):
         raise TaskError(f"task {task.name!r} ({task.kind}) has no prompt of its own to put texts into; use a task file.")
-    if task.file_column is not None:
-        raise TaskError(seen_problem(task))
     if task.name in spec.files or spec.texts in ("lines", "template"):
         given = "a file" if task.name in spec.files else f"texts: {spec.texts}"
         raise TaskError(
@@ -29,8 +29,8 @@ def read_labeled(task: Task, spec: TuneSpec) -> tuple[Texts, tuple[str, ...]]:
         )
     split = spec.split or ("calibration" if "calibration" in task.splits else "train")
     examples = read_examples(task, split)
-    order = list(range(len(examples.items)))
-    random.Random(f"texts {spec.seed} {task.name}").shuffle(order)
-    chosen = [examples.items[i] for i in sorted(order[: spec.count or MOST_TEXTS])]
-    texts = Texts(task, "split", f"split {split!r}", tuple(e.prompt for e in chosen), tuple(e.choices for e in chosen))
-    return texts, tuple(e.target for e in chosen)
+    chosen = examples.take(chosen_rows(task, len(examples.items), spec.count or MOST_TEXTS, spec.seed))
+    likelihood = isinstance(task.ask, TargetLikelihood)
+    asked = tuple(Example(e.inputs, e.target if likelihood else "", e.choices) for e in chosen.items)
+    texts = Texts(task, "split", f"split {split!r}", replace(chosen, items=asked))
+    return texts, tuple(e.target for e in chosen.items)

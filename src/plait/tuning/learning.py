@@ -197,7 +197,7 @@ def _together(parts: Sequence[_Batch]) -> Iterator[list[_Batch]]:
     for part in parts:
         joined = [*group, part]
         size = sum(len(p.texts) for p in joined) * max(p.width for p in joined)
-        if group and (size > _TOKENS or any(p.lesson.head for p in joined)):
+        if group and (size > _TOKENS or any(p.lesson.is_alone for p in joined)):
             yield group
             joined = [part]
         group = joined

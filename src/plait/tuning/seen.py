@@ -13,8 +13,7 @@ from plait.errors import PlaitError, TaskError
 from plait.notices import announce
 from plait.parsing import read_object
 from plait.recipes.evaluation import SplitName
-from plait.tasks.examples import prompts_of
-from plait.tasks.inputs import prompt_text
+from plait.tasks.examples import questions_of
 from plait.tasks.loading import load_task
 from plait.tasks.rows import read_file, read_rows
 from plait.tasks.schema import SPLITS, RowTask
@@ -43,7 +42,7 @@ def seen_in_training(texts: Texts, adapter: Adapter) -> int | None:
         announce(f"the data that {file} names cannot be read ({why}): {_unknown(adapter)}")
         return None
     exact, longer = set(asked), [q for q in asked if len(q) >= _LEAST]
-    prompts = [prompt_text(p).strip() for p in texts.prompts]
+    prompts = [e.prompt_text.strip() for e in texts.examples.items]
     return sum(p in exact or any(q in p or (len(p) >= _LEAST and p in q) for q in longer) for p in prompts)
 
 
@@ -59,7 +58,7 @@ def _questions(data: Mapping[str, Any]) -> list[str]:
         if not isinstance(task, RowTask):
             raise TaskError(f"{data['task']}: has no rows of its own.")
         split: SplitName = next((s for name in splits for s in SPLITS if s == name and s in task.splits), "train")
-        found = [prompt_text(prompt) for prompt, _ in prompts_of(task, read_rows(task, split))]
+        found = [e.prompt_text for e in questions_of(task, read_rows(task, split))]
     else:
         rows = read_file(Path(data["place"]))[: data["limit"]]
         found = [q for row in rows for q in _of_row(row, data["text_field"])]

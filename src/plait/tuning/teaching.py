@@ -37,6 +37,11 @@ class Lesson(AnsweredTexts):
     targets: tuple[tuple[int, ...], ...] = ()
     labeled: bool = False
 
+    @property
+    def is_alone(self) -> bool:
+        """Whether a pass reads nothing but this lesson's: it has a head of its own, or images or sounds."""
+        return self.head or self.passages[0].media is not None
+
     def outputs(self, model: Any, wanted: Sequence[int]) -> BatchOutputs:
         """Return what acts now answers to some passages, with everything that an objective may compare it with."""
         return outputs_of(model, [(self, wanted, None)])[0]

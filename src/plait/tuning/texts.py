@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 
 from plait.calibration.request import paired_tasks, read_each, tasks_key_problem, texts_of
@@ -12,12 +11,10 @@ from plait.errors import TaskError, collect
 from plait.merging.inventory import Inventory
 from plait.recipes.schema import Recipe
 from plait.recipes.tuning import LABELED
-from plait.tasks.inputs import prompt_text
+from plait.tasks.asking import Head
 from plait.tuning.held_out import SplitLessons
 from plait.tuning.labels import read_labeled
 from plait.tuning.record import SeenTexts
-
-_SHOWN = 3  # texts of a task in the record
 
 
 def tuning_texts(
@@ -35,6 +32,13 @@ def tuning_texts(
     for key, given in named.items():
         problems += tasks_key_problem(recipe, "tune", key, given, tasks)
     problems += [problem for t in tasks if (problem := answer_problem(t))]
+    if spec.objective == "hidden":
+        problems += [
+            f"task {t.name!r} ({t.kind}): objective 'hidden' compares hidden states where an answer is read, and a head of "
+            "images or sounds reads all of them at once, in a form of its own. Use 'distill', which reads no label either."
+            for t in tasks
+            if getattr(t, "file_column", None) is not None and isinstance(t.ask, Head)
+        ]
     owners = {t.name: t.own_adapter for t in tasks}
     if spec.objective not in LABELED:
         return read_each(recipe, tasks, problems, lambda task: texts_of(task, recipe, "tune", folder)), {}, owners
@@ -62,7 +66,7 @@ def without_test_texts(
             notes.append(
                 f"{name}: {len(tested_texts)} of {len(t.prompts)} texts are left out, since the split 'test' contains them too."
             )
-            kept_texts[name] = replace(t, prompts=tuple(t.prompts[i] for i in kept), choices=tuple(t.choices[i] for i in kept))
+            kept_texts[name] = t.take(kept)
             if name in right:
                 kept_right[name] = tuple(right[name][i] for i in kept)
     collect(TaskError, problems, "texts must be disjoint from those that judge the result")
@@ -80,7 +84,7 @@ def seen_texts(texts: Mapping[str, Texts], owners: Mapping[str, str], taught: Sp
             count=len(t.prompts),
             learned=len(taught.learn[name]),
             digest=t.digest,
-            shown=tuple(prompt_text(p) for p in t.prompts[:_SHOWN]),
+            shown=t.shown,
         )
         for name, t in texts.items()
     )
