@@ -142,8 +142,9 @@ class World:
             save_extractor(kind, folder / kind / "base")
             for seed, name in enumerate(NAMES):
                 wanted = TARGETS if kind == "whisper" else ["q_proj", "v_proj"]
+                plain = make()  # sets the seed itself
                 torch.manual_seed(3 + seed)
-                get_peft_model(make(), LoraConfig(r=2, target_modules=wanted, init_lora_weights=False)).save_pretrained(
+                get_peft_model(plain, LoraConfig(r=2, target_modules=wanted, init_lora_weights=False)).save_pretrained(
                     folder / kind / name
                 )
         self.extractor = load_feature_extractor(folder / "whisper" / "base")
@@ -400,7 +401,7 @@ def test_subsets_are_not_divided_by_transcripts(tmp_path: Path) -> None:
     assert chosen[0] == chosen[1]
 
 
-def test_what_does_not_suit_is_refused(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_does_not_suit_is_refused(world: World, tmp_path: Path) -> None:
     def evaluate(seconds: float, **changes: Any) -> None:
         task = write(tmp_path, "one", ["a"] * 3, **changes)
         (tmp_path / "one2.wav").write_bytes(sound(2, seconds))
@@ -418,11 +419,6 @@ def test_what_does_not_suit_is_refused(world: World, tmp_path: Path, capsys: pyt
     refused("the prompt 'a a a a a a'… has 13 tokens; Whisper takes 11", prompt="a a a a a a")
     refused("'whisper_basic' does all by itself; give it alone", normalize=["whisper_basic", "lower"])
     refused("'spellings' belongs to 'normalize: whisper_english'", spellings="normalizer.json")
-    task = write(tmp_path, "one", ["a"] * 3)
-    given = [world.adapters()["one"], "--tasks", task, "--base-id", world.base()]
-    for command in ("calibrate", "tune"):
-        assert exit_code(command, *given, "-o", tmp_path / "out") == 2
-        assert "transcripts are not covered to calibrate and tune" in " ".join(capsys.readouterr().err.split())
 
 
 def test_broken_outputs_are_no_transcripts(world: World, tmp_path: Path) -> None:

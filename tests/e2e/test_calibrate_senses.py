@@ -13,13 +13,17 @@ import torch
 from peft import PeftModel
 
 import plait
+from plait.adapters.adapter import Adapter
+from plait.calibration.texts import read_texts
 from plait.errors import PlaitError, TaskError
 from plait.hub.pretrained import load_feature_extractor, load_image_processor
 from plait.merging.moments import MomentsFile
+from plait.mixture import Mixture
 from plait.tasks.examples import read_examples
 from plait.tasks.images import decoded
 from plait.tasks.inputs import Example
 from plait.tasks.loading import load_task
+from plait.tuning.teaching import make_lesson
 from tests.calibrated import dense
 from tests.e2e import test_audio_tasks as sounds
 from tests.e2e import test_image_tasks as images
@@ -161,6 +165,20 @@ def test_files_of_the_users_own(world: World, tmp_path: Path) -> None:
     assert [(t.source, t.count) for t in found.record.texts] == [("mine", 3), ("rows.jsonl", 3)]
     assert found.record.texts[0].digest == found.record.texts[1].digest
     assert plait.verify(found.folder).ok
+
+
+def test_sounds_of_several_lengths_are_answered_in_their_order(world: World) -> None:
+    """One pass per length; distributions of the own adapter and outputs, against transformers one sound at a time."""
+    adapters = [Adapter.open(folder, name) for name, folder in world.adapters("wav2vec2").items()]
+    mixture = Mixture.load(world.folder / "wav2vec2" / "base", adapters)
+    texts = read_texts(load_task(world.tasks("wav2vec2")[1]), kind=None, count=None, seed=0)
+    lesson, model = make_lesson(mixture, texts, "two"), PeftModel.from_pretrained(plain("wav2vec2"), adapters[1].folder).eval()
+    with torch.no_grad():
+        rows = torch.cat([model(**world.prepared("wav2vec2", e)).logits for e in texts.examples.items])
+    torch.testing.assert_close(lesson.answers.log_p, rows.log_softmax(-1), atol=1e-5, rtol=1e-5)
+    with mixture.active({"two": 1.0}) as acting, torch.no_grad():
+        outputs = lesson.outputs(acting, [4, 0, 2, 1])
+    torch.testing.assert_close(outputs.logits, rows[[4, 0, 2, 1]], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
