@@ -11,12 +11,13 @@ import pytest
 import torch
 
 from plait.adapters.adapter import Adapter
-from plait.merging import combine
+from plait.merging import combine, engine
 from plait.merging.combine import Combiner
 from plait.merging.inventory import Inventory, take_inventory
 from plait.merging.kept import KeptResults
 from plait.mixture.merged import merged_modules
 from plait.recipes.request import read_request
+from plait.recipes.schema import LayerWeights
 from plait.spaces import SPACES
 from plait.spaces.core import Core
 from plait.testing import cohort
@@ -36,6 +37,13 @@ CANDIDATES: list[dict[str, Any]] = [
     {"method": "iso_cts", "scale": 2.0},
     {"method": "tsv"},
     {"method": "linear"},
+    {"method": "ties", "space": "delta", "weights": {"adapter0": 2.0}},
+    {"method": "ties", "space": "delta", "weights": {"adapter0": 2.0}, "scale": 0.3},
+    {"method": "ties", "space": "delta", "flavor": "peft", "weights": {"adapter0": 2.0}},
+    {"method": "ties", "space": "delta", "flavor": "peft", "weights": {"adapter1": 2.0}},
+    {"method": "ties", "space": "delta", "weights": {"adapter0": 1e-30}},  # all modules in float64
+    {"method": "ties", "space": "delta", "weighted_vote": True, "zero_sign": "majority", "weights": {"adapter0": 2.0}},
+    {"method": "ties", "space": "delta", "weighted_vote": True, "zero_sign": "majority"},
 ]
 
 
@@ -85,7 +93,27 @@ def test_what_does_not_change_is_not_computed_again(folder: Path, monkeypatch: p
     assert computed(CANDIDATES[0]) == (10, 5, 5)  # two adapters, five modules, in three passes
     assert [computed(settings) for settings in CANDIDATES[1:4]] == [(0, 0, 0), (0, 0, 5), (0, 0, 5)], "the scale comes last"
     assert computed(CANDIDATES[4]) == (10, 5, 5), "another transform takes norms of its own, and is another frame"
-    assert [computed(settings) for settings in CANDIDATES[9:]] == [(0, 0, 5), (0, 0, 0), (0, 0, 5), (0, 0, 0)]
+    assert [computed(settings) for settings in CANDIDATES[9:13]] == [(0, 0, 5), (0, 0, 0), (0, 0, 5), (0, 0, 0)]
+
+
+def test_of_dense_merges_only_what_has_changed_is_computed_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    counts: Counter[str] = Counter()
+    survey, truncate = Combiner.observe, engine.truncate_module
+    monkeypatch.setattr(Combiner, "observe", lambda self, *given: (counts.update(["seen"]), survey(self, *given))[1])
+    monkeypatch.setattr(engine, "truncate_module", lambda *given: (counts.update(["cut"]), truncate(*given))[1])
+    first = inventory(folder, {"method": "ties", "space": "delta"})
+    shared = replace(first, kept=KeptResults())
+    one_layer = LayerWeights(policy="per_layer", layers={"model.layers.0": {"adapter0": 2.0}})
+    for changes, work in (
+        ({}, (10, 5)),  # five modules, in two passes
+        ({"scale": 0.3}, (0, 0)),
+        ({"weights": one_layer}, (0, 1)),
+    ):
+        recipe = first.recipe.changed(**changes)
+        counts.clear()
+        found = bits(replace(shared, recipe=recipe))
+        assert (counts["seen"], counts["cut"]) == work, changes
+        assert found == bits(replace(first, recipe=recipe)), changes
 
 
 @every("space", ["core", "knots"])

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterator
 
 from plait.deferred import Tensor, torch
-from plait.linalg.factored import ThinSVD
+from plait.linalg.factored import Reduced, ThinSVD
 from plait.linalg.keyed import Key, normal
 
 RangeHint = Callable[[Tensor], Tensor]
@@ -194,7 +194,8 @@ def _sketch(matrix: RowBlocks, key: Key, width: int) -> Tensor:
 
 def _ritz(matrix: RowBlocks, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return the singular triplets u (m, w), s (w,), v (n, w) of the matrix's projection on the columns of y (m, w)."""
-    q = torch.linalg.qr(y).Q
-    q_z, r_z = torch.linalg.qr(matrix.rmatmul(q))  # (n, w) = (qᵀ M)ᵀ
-    u, s, vh = torch.linalg.svd(r_z.double().mT, full_matrices=False)
-    return q @ u.to(q.dtype), s, q_z @ vh.mT.to(q.dtype)
+    q = Reduced.of(y)
+    z = matrix.rmatmul(q.basis)
+    q_z = Reduced.of(z if q.turn is None else z @ q.turn.to(z.dtype))  # of (n, w) = (qᵀ M)ᵀ
+    u, s, vh = torch.linalg.svd(q_z.r.mT, full_matrices=False)
+    return q.times(u), s, q_z.times(vh.mT)

@@ -94,17 +94,29 @@ class Combiner:
             c = self.coefficients(module).tolist()
             scaled = [(f.deltas, [x * s for x, s in zip(c, f.scalings, strict=True)]) for f in self.read(module)]
             return [LowRank.concatenate(deltas, shares) for deltas, shares in scaled]
+        return [part.scaled(self.recipe.factor) for part in self.unscaled(module)]
+
+    def unscaled(self, module: str) -> list[MergedMatrix]:
+        """Return what `merge` returns of a method that is not linear, before `scale`."""
         if self.kept is None:
-            found = self._unscaled(module)
-        else:
-            found = self.kept.result(self._settings, module, lambda: self._unscaled(module), _bytes)
-        return [part.scaled(self.recipe.factor) for part in found]
+            return self._unscaled(module)
+        return self.kept.result(self.settings(module), module, lambda: self._unscaled(module), _bytes)
+
+    def settings(self, module: str) -> str:
+        """Return all that `unscaled` depends on besides the adapters and the module."""
+        return f"{self.without_weights} {self._all_weights if self.pipeline.weighs_model else self._weights(module).tolist()}"
 
     @cached_property
-    def _settings(self) -> str:
-        """All that a merge depends on besides the adapters, the module and `scale`, which comes last."""
+    def _all_weights(self) -> str:
         data = recipe_json(self.recipe)
-        return f"{self.prepared.dtype} {json.dumps({k: v for k, v in data.items() if k not in _AFTERWARD}, sort_keys=True)}"
+        return json.dumps([data["weights"], [adapter["weight"] for adapter in data["adapters"]]], sort_keys=True)
+
+    @cached_property
+    def without_weights(self) -> str:
+        """All that a merge depends on besides the adapters, their weights and `scale`, which comes last."""
+        data = {k: v for k, v in recipe_json(self.recipe).items() if k not in (*_AFTERWARD, "weights")}
+        data["adapters"] = [{k: v for k, v in adapter.items() if k != "weight"} for adapter in data["adapters"]]
+        return f"{self.prepared.dtype} {json.dumps(data, sort_keys=True)}"
 
     def _unscaled(self, module: str) -> list[MergedMatrix]:
         """Return what `merge` returns, before `scale`."""
@@ -226,11 +238,20 @@ class Combiner:
         # shorter than the surveys while a later one of them is being made
         for survey, over_model in zip(self.pipeline.surveys(), self.statistics, strict=False):
             for name, earlier in found.items():
-                value = (
-                    over_model[name] if over_model is not None else self._survey_module(module, matrices, name, survey, earlier)
-                )
-                found[name] = (*earlier, value)
+                value = None if over_model is None else over_model[name]
+                found[name] = (*earlier, self._answer(module, matrices, name, survey, earlier) if value is None else value)
         return found
+
+    def _answer(
+        self, module: str, matrices: Sequence[tuple[Array, ...]], name: str, survey: Survey, earlier: tuple[Tensor, ...]
+    ) -> Tensor:
+        """Return what a survey finds in one module; merges that share results ask once what does not depend on weights."""
+        ask = partial(self._survey_module, module, matrices, name, survey, earlier)
+        if self.kept is None or survey.weighed:
+            return ask()
+        in_double = module in self.prepared.extremes
+        asked = f"survey {len(earlier)} of {name} {in_double} {self.without_weights}"
+        return self.kept.result(asked, module, ask, lambda values: values.nbytes)
 
     def _survey_module(
         self, module: str, matrices: Sequence[tuple[Array, ...]], name: str, survey: Survey, earlier: tuple[Tensor, ...]

@@ -31,7 +31,7 @@ from plait.results.progress import Progress
 from plait.results.threads import InThisThread, one_thread_each
 from plait.spaces import SPACES
 from plait.spaces.base import MergedMatrix
-from plait.stages.base import GramCombine, LinearCombine, Reduction
+from plait.stages.base import GramCombine, LinearCombine, Reduction, Survey
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -93,7 +93,7 @@ class Engine:
             for survey in pipeline.surveys():
                 over_model = None
                 if survey.scope == "model":
-                    over_model = self._survey(replace(first, statistics=statistics, gram=gram), survey.start, pool)
+                    over_model = self._answer(survey, replace(first, statistics=statistics, gram=gram), pool)
                 statistics = (*statistics, over_model)
         return replace(first, statistics=statistics, gram=gram)
 
@@ -143,10 +143,30 @@ class Engine:
             return MergedModule(target, None, dense, bias, None)
         if self._inventory.base is not None:
             return self._dora_module(combiner, target, rank, bias)
+        if not combiner.pipeline.low_rank(self._inventory.recipe.space_name):
+            return MergedModule(target, self._truncated(combiner, target, rank), None, bias, None)
         emitted = truncate_module(_check_finite(target, combiner.merge(target)), rank, key)
         if self._side_by_side and not any(bool(s.b.any()) for s in emitted.slices):
             self._check_zero(combiner, target)
         return MergedModule(target, emitted, None, bias, None)
+
+    def _truncated(self, combiner: Combiner, target: str, rank: int) -> OutputFactors:
+        """Return what is written of a dense delta; truncated before it is scaled, so that merges at several scales share it."""
+
+        def truncate() -> OutputFactors:
+            return truncate_module(_check_finite(target, combiner.unscaled(target)), rank, self._key(target))
+
+        def size(found: OutputFactors) -> int:
+            return sum(s.a.nbytes + s.b.nbytes for s in found.slices)
+
+        if combiner.kept is None:
+            found = truncate()
+        else:
+            found = combiner.kept.result(f"rank {rank} {combiner.settings(target)}", target, truncate, size)
+        scaled = found.scaled(self._inventory.recipe.factor)
+        if not (scaled.energy or 0.0) ** 0.5 <= torch.finfo(torch.float32).max:  # else no entry overflows
+            _check_finite(target, combiner.merge(target))
+        return scaled
 
     def _check_zero(self, combiner: Combiner, target: str) -> None:
         """Make sure that a sum of factors side by side is zero because nothing is in it.
@@ -206,6 +226,19 @@ class Engine:
         entries = torch.stack(list(grams)).flatten(1).mT.tolist()  # rounded once, so the order of modules makes no difference
         adapters = len(self._inventory.adapters)
         return torch.tensor([math.fsum(e) for e in entries], dtype=torch.float64).view(adapters, adapters)
+
+    def _answer(self, survey: Survey, combiner: Combiner, pool: Executor) -> dict[str, Tensor]:
+        """Return what a survey over the model finds; merges that share results ask once what does not depend on weights."""
+
+        def ask() -> dict[str, Tensor]:
+            return self._survey(combiner, survey.start, pool)
+
+        if combiner.kept is None or survey.weighed:
+            return ask()
+        for module in self._plan.modules:  # what the passes refuse; with other weights there may be none
+            combiner.prepared.check(module.target)
+        asked = f"survey {len(combiner.statistics)} {combiner.without_weights}"
+        return combiner.kept.result(asked, "", ask, lambda found: sum(x.nbytes for x in found.values()))
 
     def _survey(self, combiner: Combiner, start: Callable[[int], Reduction], pool: Executor) -> dict[str, Tensor]:
         names = SPACES[self._inventory.recipe.space_name].arrays

@@ -80,6 +80,15 @@ class PreparedAdapters:
                 progress.finish()
             self._steps.append(_Step(transform, params, found))
 
+    def check(self, module: str) -> None:
+        """Refuse to compute in float32 where the present weights need float64 and all target modules need one dtype.
+
+        Raises:
+            NeedsDouble: they do.
+        """
+        if self._looks and self._needs_one_dtype and self._extremes(module, self._raw(module, self.dtype)):
+            raise NeedsDouble
+
     def find_extremes(self, module: str) -> tuple[ExtremeDelta, ...]:
         """Return the deltas of a target module that float32 does not suffice for."""
         return self._extremes(module, self._raw(module, torch.float32))

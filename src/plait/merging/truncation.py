@@ -37,6 +37,13 @@ class OutputFactors:
         """Rank of the factors."""
         return self.slices[0].rank
 
+    def scaled(self, factor: float) -> OutputFactors:
+        """Return the factors of the delta times a number."""
+        if factor == 1:
+            return self
+        energy, kept = (None if x is None else x * factor**2 for x in (self.energy, self.kept))
+        return OutputFactors(tuple(s.scaled(factor) for s in self.slices), energy, kept)
+
 
 def truncate_module(merged: Sequence[MergedMatrix], rank: int, key: Key) -> OutputFactors:
     """Bring every matrix of a module to at most `rank`.

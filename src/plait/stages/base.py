@@ -80,10 +80,12 @@ class Survey:
     Attributes:
         scope: whose entries.
         start: returns a fresh reduction for T adapters.
+        weighed: whether the answer may depend on the adapters' weights; one that does not is asked once for all weights.
     """
 
     scope: Scope
     start: Callable[[int], Reduction]
+    weighed: bool = True
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,6 +16,7 @@ from plait.stages.base import (
     DeltaStage,
     EntryCombine,
     EntryStage,
+    GramCombine,
     LinearCombine,
     MergedStage,
     Reduction,
@@ -78,6 +79,12 @@ class Pipeline:
         """Whether some stage must know something of the complete model: a pass of its own over it."""
         return any(survey.scope == "model" for survey in self.surveys())
 
+    @property
+    def weighs_model(self) -> bool:
+        """Whether what a module becomes may depend on the weights in others: on what is asked of the model with them."""
+        gram = isinstance(self.combine, GramCombine) and self.combine.scope == "model" and bool(self.on_deltas)
+        return gram or any(survey.scope == "model" and survey.weighed for survey in self.surveys())
+
     def needs_coordinates(self, space: str) -> bool:
         """Return whether deltas are turned into a space's coordinates; `factors` are not a function of the deltas."""
         return isinstance(self.combine, EntryCombine) or bool(self.on_entries) or space == "factors"
@@ -120,7 +127,11 @@ class Pipeline:
     def surveys(self) -> tuple[Survey, ...]:
         """Return what the stages on entries need to know; each is shown what the stages before it have made."""
         return tuple(
-            Survey(survey.scope, lambda adapters, at=at, survey=survey: _After(self, at, survey.start(adapters)))  # type: ignore[misc]
+            Survey(
+                survey.scope,
+                lambda adapters, at=at, survey=survey: _After(self, at, survey.start(adapters)),  # type: ignore[misc]
+                weighed=survey.weighed or at > 0 or bool(self.on_deltas),  # stages before it see the weights
+            )
             for at, stage in enumerate(self._entrywise)
             for survey in stage.surveys()
         )

@@ -11,11 +11,13 @@ from plait.deferred import Tensor, torch
 from plait.linalg.select import MagnitudeSelect
 from plait.stages.base import Block, Scope, Survey
 
+_COORDINATES = attrgetter("x")
+
 
 def magnitudes(
     scope: Scope,
     wanted: Callable[[int], Sequence[int]],
-    of: Callable[[Block], Tensor] = attrgetter("x"),
+    of: Callable[[Block], Tensor] = _COORDINATES,
     rows: int | None = None,
 ) -> Survey:
     """Ask for each adapter's k-th largest magnitudes.
@@ -48,7 +50,7 @@ def magnitudes(
         def values(self) -> Tensor:
             return self._select.values
 
-    return Survey(scope, Magnitudes)
+    return Survey(scope, Magnitudes, weighed=of is not _COORDINATES)
 
 
 def extremes(scope: Scope, quantity: Callable[[Block], tuple[Tensor, Tensor]]) -> Survey:
