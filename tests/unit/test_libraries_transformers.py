@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import warnings
 from types import SimpleNamespace
 
@@ -13,6 +14,7 @@ from torch import nn
 from plait.libraries import transformers as library
 from tests.chat_models import byte_tokenizer
 from tests.language_models import language_model
+from tests.multimodal_models import fresh, save_base
 
 MODERN = int(transformers.__version__.split(".")[0]) >= 5
 
@@ -237,3 +239,31 @@ def test_fused_experts_declare_their_parameters_in_this_order(name):
     names = [p.rpartition(".")[2] for p in experts]
     assert names
     assert names == sorted(names, key=library.EXPERT_PARAMETERS.index)
+
+
+def test_a_processor_is_made_without_its_part_for_videos_and_no_trace_is_left(tmp_path):
+    auto = importlib.import_module("transformers.models.auto.video_processing_auto").AutoVideoProcessor
+    mixin = importlib.import_module("transformers.processing_utils").ProcessorMixin
+    before = auto.__dict__["from_pretrained"], mixin.check_argument_for_proper_class
+    with library.without_videos():
+        made = transformers.AutoProcessor.from_pretrained(save_base("qwen2_vl", tmp_path))
+    assert made.video_processor is None
+    assert made.image_processor is not None
+    assert (auto.__dict__["from_pretrained"], mixin.check_argument_for_proper_class) == before
+
+
+def test_language_models_that_see_or_hear_have_a_class():
+    assert library.multimodal_class("qwen2_vl") == "Qwen2VLForConditionalGeneration"
+    assert library.multimodal_class("qwen2_audio") == "Qwen2AudioForConditionalGeneration"
+    assert library.multimodal_class("llama") is None
+    assert library.text_class("llama") == "LlamaForCausalLM"
+    assert library.text_class("qwen2_vl") is None
+
+
+def test_positions_after_an_image_are_shifted_by_what_the_model_keeps():
+    model = fresh("qwen2_vl")
+    with pytest.raises(LookupError, match="not known"):
+        library.position_shift(model)
+    model.model.rope_deltas = torch.tensor([[-2]])
+    assert library.position_shift(model).item() == -2
+    assert library.position_shift(language_model()) is None

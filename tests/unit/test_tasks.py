@@ -409,6 +409,7 @@ def test_every_task_of_the_page_is_one(tmp_path):
         "token_classification",
         "image_classification",
         "image_classification",
+        "generation",
         "audio_classification",
         "asr",
         "lm_eval:arc_easy",

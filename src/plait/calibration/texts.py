@@ -138,6 +138,8 @@ def read_texts(
 
 def _check_files(task: RowTask, column: FileColumn, kind: TextKind) -> None:
     """Refuse what cannot be read of a task of images or sounds."""
+    if problem := chat_problem(task):
+        raise TaskError(problem)
     if isinstance(task.ask, ClassPrompts):
         raise TaskError(
             f"task {task.name!r}: class prompts are answered without a head, by the texts that are nearest, which is not "
@@ -149,6 +151,17 @@ def _check_files(task: RowTask, column: FileColumn, kind: TextKind) -> None:
             f"Give the task a split 'calibration' or 'train' (or --split NAME), or --texts {task.name}=FILE: rows with the "
             f"column {column.name!r}, or a folder of such files. No label is read."
         )
+
+
+def chat_problem(task: RowTask) -> str | None:
+    """Return, in words, why a task's chats cannot be read to calibrate and tune; None where they can."""
+    column = task.file_column
+    if column is None or getattr(task, "messages", None) is None:
+        return None
+    return (
+        f"task {task.name!r} ({task.kind}): chats with {column.kind} files are not covered to calibrate and tune. Methods "
+        "without moments merge such adapters; plait eval and plait sweep have such tasks."
+    )
 
 
 def answer_problem(task: Task) -> str | None:

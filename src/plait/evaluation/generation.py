@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from plait.errors import RecipeError
-from plait.evaluation.model_calls import check_lengths, decoder_start, padded
+from plait.evaluation.model_calls import check_lengths, decoder_start, form_of, padded, perceived_of, refused_inputs
 from plait.evaluation.output_layer import plain_states
 from plait.notices import announce
 from plait.tasks.encoding import Question
@@ -186,20 +187,37 @@ def _answered(
     check_lengths(model, _lengths(model, [len(q.prompt) for q in questions], max_new_tokens))
     config = _config(model, tokenizer, max_new_tokens, do_sample=False)
     pad, criteria = config.pad_token_id, import_module("transformers").StoppingCriteriaList
-    order = sorted(range(len(questions)), key=lambda i: (len(questions[i].prompt), i))
-    for at in range(0, len(order), batch_size):
-        batch = order[at : at + batch_size]
+    for batch in _batches(questions, batch_size):
         rows = [questions[i].prompt for i in batch]
         ids, mask = padded(rows, model.device, pad, left=not encoder_decoder)
+        perceived = perceived_of([questions[i] for i in batch], model)
         start = 1 if encoder_decoder else ids.shape[1]  # where the generated tokens begin
-        with torch.inference_mode(), plain_states(model), configured(model, config), announced_rereading(model):
+        with (
+            torch.inference_mode(),
+            plain_states(model),
+            configured(model, config),
+            announced_rereading(model),
+            refused_inputs(model, perceived),
+        ):
             out = model.generate(
                 input_ids=ids,
                 attention_mask=mask,
                 generation_config=config,
                 stopping_criteria=criteria([_StopTexts(tokenizer, stop, start)]),
+                **perceived,
             )
         yield batch, out[:, start:]
+
+
+def _batches(questions: Sequence[Question], batch_size: int) -> Iterator[list[int]]:
+    """Group questions of like length; with images or sounds of one length and form, so that nothing is padded."""
+    alike: dict[tuple[int, str], list[int]] = defaultdict(list)
+    for i in sorted(range(len(questions)), key=lambda i: (len(questions[i].prompt), i)):
+        form = form_of(questions[i])
+        alike[len(questions[i].prompt) if form else 0, form].append(i)
+    for group in alike.values():
+        for at in range(0, len(group), batch_size):
+            yield group[at : at + batch_size]
 
 
 def _lengths(model: Any, prompts: Sequence[int], max_new_tokens: int) -> list[int]:

@@ -6,6 +6,9 @@ rows (see `packing`). Others are padded on the left and masked, and positions ar
 result does not depend on its batch; continuations are read from a cache. Models that count positions by a token's index in the
 cache get prompts of one length at a time instead, without padding.
 
+Prompts with images or sounds are read once too, those of one length and form together, and answers at the positions that the
+model itself gives what comes after them; whether that is what it makes of the complete text is tried once.
+
 Models whose cache cannot be copied and continued (state spaces) read every prompt together with every continuation of several
 tokens, in batches; this is announced. Encoder-decoder models read every prompt once, in their encoder.
 """
@@ -19,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from plait.evaluation.model_calls import ModelCall, NotContinuedError, check_lengths, check_numbers
+from plait.evaluation.model_calls import ModelCall, NotContinuedError, check_lengths, check_numbers, form_of
 from plait.evaluation.output_layer import plain_states
 from plait.evaluation.packing import MOST_NODES, why_not_packed
 from plait.evaluation.readers import (
@@ -32,6 +35,7 @@ from plait.evaluation.readers import (
     log_likelihood_of,
     shared_tokens,
     uncached_reader,
+    why_not_read_on,
 )
 from plait.libraries import transformers as library
 from plait.tasks.encoding import Question
@@ -128,6 +132,8 @@ def _reader(model: Any, questions: Sequence[Question], batch_size: int) -> Cache
         reason = "its forward takes no mask of padding"
     if reason is None and library.cache_argument(model) is None and not forward.may_cache():
         reason = "its forward takes no cache of what it has read"
+    if reason is None and any(q.perceived is not None for q in questions):
+        reason = why_not_read_on(model, questions)
     if reason is not None:
         return uncached_reader(model, questions, batch_size, reason)
     try:
@@ -137,7 +143,7 @@ def _reader(model: Any, questions: Sequence[Question], batch_size: int) -> Cache
 
 
 def _packed_reader(model: Any, questions: Sequence[Question]) -> PackedReader | None:
-    if not _fit_rows(questions):
+    if not _fit_rows(questions) or any(q.perceived is not None for q in questions):
         return None
     texts = [[*q.prompt, *max(q.answers, key=len)] for q in questions]
     return PackedReader(model) if why_not_packed(model, texts) is None else None
@@ -169,14 +175,15 @@ def _batches(questions: Sequence[Question], batch_size: int, *, aligned: bool, s
         shared: first tokens of every prompt that are not read again.
         least: tokens that are read before a group ends for its padding.
     """
-    order = sorted(range(len(questions)), key=lambda i: (len(questions[i].prompt), i))
+    order = sorted(range(len(questions)), key=lambda i: (len(questions[i].prompt), form_of(questions[i]), i))
     batch: list[int] = []
     rows = width = tokens = 0
     for i in order:
         q = questions[i]
         own = len(q.prompt) - shared
         more, wider = len(q.answers), max(width, max(map(len, q.answers)))
-        other = aligned and batch and len(q.prompt) != len(questions[batch[0]].prompt)
+        first = questions[batch[0]] if batch else q
+        other = (aligned and len(q.prompt) != len(first.prompt)) or form_of(q) != form_of(first)
         wasted = tokens >= least and tokens + own < (1 - _MOST_PADDING) * (len(batch) + 1) * own
         if batch and (other or wasted or len(batch) == batch_size or (rows + more) * wider > MOST_POSITIONS):
             yield batch

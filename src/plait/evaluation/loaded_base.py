@@ -17,12 +17,15 @@ from plait.adapters.adapter import Adapter, with_folder
 from plait.checkpoints.files import find_weights, read_config
 from plait.checkpoints.quantization import quantization
 from plait.errors import PlaitError, TaskError
-from plait.hub.pretrained import LoadOptions
+from plait.extras import require
+from plait.hub.pretrained import LoadOptions, load_chat_processor
 from plait.libraries.transformers import quiet_loading
 from plait.mixture import Mixture
 from plait.notices import announce
 from plait.results.progress import Progress
 from plait.tasks.asking import ClassPrompts, Transcribed
+from plait.tasks.inputs import FileKind
+from plait.tasks.perceiving import ChatProcessor
 from plait.tasks.schema import Task
 from plait.tensorfiles.formats import open_tensors
 
@@ -52,6 +55,7 @@ class LoadedBase:
 
     def __init__(self, base: Path, adapters: Sequence[Adapter], options: LoadOptions, progress: Progress) -> None:
         self.base, self.options, self._adapters, self._progress = base, options, adapters, progress
+        self._chats: Any = None
 
     @cached_property
     def mixture(self) -> Mixture:
@@ -78,8 +82,26 @@ class LoadedBase:
         column = getattr(task, "file_column", None)
         if column is None:
             return Readers(self.tokenizer)
+        if getattr(task, "messages", None) is not None:
+            return Readers(None, self._chat_processor(column.kind))
         tokenizer = self.tokenizer if isinstance(task.ask, (ClassPrompts, Transcribed)) else None
         return Readers(tokenizer, self.mixture.processor(column.kind))
+
+    def check(self, task: Task) -> None:
+        """Make sure, before the model is loaded, that it can read a task's chats with images or sounds.
+
+        Raises:
+            TaskError: it cannot.
+        """
+        column = getattr(task, "file_column", None)
+        if column is not None and getattr(task, "messages", None) is not None:
+            ChatProcessor(self._chat_processor(column.kind), column.kind, task.where)
+
+    def _chat_processor(self, kind: FileKind) -> Any:
+        if self._chats is None:
+            require(f"a chat with {kind} files", {"vision": ["PIL"]} if kind == "image" else {"audio": ["soundfile"]})
+            self._chats = load_chat_processor(self.base, trust_remote_code=self.options.trust_remote_code)
+        return self._chats
 
     def with_folder(self, name: str) -> str:
         """Return a name, and where the adapter of that name is."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 import torch
@@ -11,9 +12,12 @@ from torch import Tensor
 
 from plait.errors import TaskError
 from plait.libraries import transformers as library
+from plait.tasks.encoding import Question
 
 #: Called with how many were finished since it was last called.
 StepListener: TypeAlias = Callable[[int], object]
+_PER_TOKEN = ("mm_token_type_ids", "token_type_ids")  # inputs of images and sounds that have a value per token, 0 for text
+_NOTHING: Mapping[str, Tensor] = {}
 _SHORTEN = "Leave them out, or let prompts lose their beginning with 'max_tokens' in the task."
 
 
@@ -84,6 +88,55 @@ def padded(rows: Sequence[Sequence[int]], device: torch.device, pad: int = 0, *,
     return ids.to(device), mask.to(device)
 
 
+def form_of(question: Question) -> str:
+    """Return what must be the same of questions that share a batch: of images or sounds the names and sizes of inputs."""
+    return "" if question.perceived is None else question.perceived.form
+
+
+def perceived_of(questions: Sequence[Question], model: Any, width: int | None = None) -> dict[str, Tensor]:
+    """Return what a model is given of the images or sounds of questions of one form, where they have some.
+
+    Args:
+        questions: of one length, unless a width is given.
+        model: that reads them.
+        width: tokens of a row, of which those after a prompt are text; as many as the prompts have when None.
+
+    Raises:
+        TaskError: the model takes no such inputs.
+    """
+    given = [q.perceived.tensors() for q in questions if q.perceived is not None]
+    takes, found = library.forward_parameters(model), dict[str, Tensor]()
+    for name in given[0] if given else ():
+        parts = [one[name] for one in given]
+        if width is not None and name in _PER_TOKEN:
+            parts = [torch.nn.functional.pad(part, (0, width - part.shape[1])) for part in parts]
+        joined = torch.cat(parts).to(model.device)
+        if joined.is_floating_point() and name not in takes:  # others would be ignored in silence
+            raise TaskError(f"{type(model).__name__} reads texts alone: it takes no {name!r}, which images or sounds become.")
+        found[name] = joined.to(model.dtype) if joined.is_floating_point() else joined
+    return found
+
+
+@contextmanager
+def refused_inputs(model: Any, perceived: Mapping[str, Tensor]) -> Iterator[None]:
+    """Refuse images or sounds that a model fails at inside the block.
+
+    Raises:
+        TaskError: it does.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (TypeError, ValueError, RuntimeError, IndexError, KeyError) as error:
+        if not perceived:
+            raise
+        raise TaskError(
+            f"{type(model).__name__} cannot read what the processor makes of images or sounds ({', '.join(perceived)}); the "
+            f"two do not belong together: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        ) from error
+
+
 class NotContinuedError(Exception):
     """What a model has read cannot be continued; the message says why."""
 
@@ -108,20 +161,43 @@ class ModelCall:
         """Whether the forward can return a cache."""
         return self._any or "use_cache" in self._takes
 
-    def read(self, ids: Tensor, mask: Tensor, *, keep: int | None = None) -> Any:
-        """Read texts from their beginning, and keep nothing; `keep`: the last positions whose logits are wanted."""
-        return self._call(ids, mask, keep=keep, use_cache=False)
+    def read(self, ids: Tensor, mask: Tensor, *, keep: int | None = None, perceived: Mapping[str, Tensor] = _NOTHING) -> Any:
+        """Read texts, with their images or sounds, from their beginning, and keep nothing.
 
-    def begin(self, ids: Tensor, mask: Tensor, *, use_cache: bool) -> tuple[Any, Any]:
-        """Read the beginning of texts; return the logits at the end and the cache, where one is wanted.
+        Args:
+            ids: what is read (n, w).
+            mask: 1 where a token is, likewise.
+            keep: the last positions whose logits are wanted; all when None.
+            perceived: what the model is given of images or sounds.
+        """
+        with refused_inputs(self._model, perceived):
+            return self._call(ids, mask, keep=keep, use_cache=False, **perceived)
+
+    def begin(
+        self, ids: Tensor, mask: Tensor, *, use_cache: bool, perceived: Mapping[str, Tensor] = _NOTHING
+    ) -> tuple[Any, Any, Any]:
+        """Read the beginning of texts; return the logits at the end, the cache, where one is wanted, and what shifts positions.
+
+        Those of texts with images or sounds are the model's own: it knows how many an image takes.
 
         Raises:
             NotContinuedError: the model gives no cache that can be continued.
         """
-        out = self._attempt(ids, mask, keep=1, use_cache=use_cache, **self._positions(ids, mask))
-        return out.logits, self._cache(out) if use_cache else None
+        positions = {} if perceived else self._positions(ids, mask)
+        out = self._attempt(ids, mask, keep=1, use_cache=use_cache, **positions, **perceived)
+        return out.logits, self._cache(out) if use_cache else None, self._shift(len(ids)) if use_cache and perceived else None
 
-    def go_on(self, ids: Tensor, mask: Tensor, cache: Any, *, last: bool) -> tuple[Any, Any]:
+    def _shift(self, rows: int) -> Any:
+        """Return by how much later positions of texts with images differ from the count of tokens; None where they do not."""
+        try:
+            found = library.position_shift(self._model)
+        except LookupError as error:
+            raise NotContinuedError(str(error)) from None
+        if found is not None and tuple(found.shape) != (rows, 1):
+            raise NotContinuedError(f"it keeps its shift of positions in a form that is not known, {tuple(found.shape)}")
+        return found
+
+    def go_on(self, ids: Tensor, mask: Tensor, cache: Any, *, last: bool, shift: Tensor | None = None) -> tuple[Any, Any]:
         """Read on from a cache, which takes up what is read; return the logits and the cache.
 
         Args:
@@ -129,13 +205,19 @@ class ModelCall:
             mask: 1 where a token is, (n, tokens in the cache + w).
             cache: of what was read.
             last: whether only the logits at the end are wanted.
+            shift: added to every position, (n, 1).
 
         Raises:
             NotContinuedError: the model does not take up the cache.
         """
         before = int(cache.get_seq_length())
         past = {str(self._argument): cache}
-        out = self._attempt(ids, mask, keep=1 if last else None, use_cache=True, **past, **self._positions(ids, mask))
+        positions = self._positions(ids, mask)
+        if shift is not None:
+            if not positions:
+                raise NotContinuedError("its forward takes no positions, and images shift them")
+            positions = {name: places + shift.to(places.device) for name, places in positions.items()}
+        out = self._attempt(ids, mask, keep=1 if last else None, use_cache=True, **past, **positions)
         if int(cache.get_seq_length()) != before + ids.shape[1]:
             raise NotContinuedError(f"its forward takes '{self._argument}' but does not read on from it")
         self._continued = True

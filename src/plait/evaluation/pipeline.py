@@ -151,6 +151,8 @@ class Evaluator:
             load, device = self.elsewhere.load, self.elsewhere.placement
         self.options = replace(options, load=load)
         live = LoadedBase(place.folder, everyone, load, progress)
+        for entry in self.tasks:
+            live.check(entry.task)
         cache = ScoreCache(None if options.workspace is None else options.workspace / SCORES)
         self.session = AnswerSession(
             live, key, self.singles, self.tasks, spec, (load.dtype, device), cache, progress, self.elsewhere

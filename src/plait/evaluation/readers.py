@@ -7,15 +7,18 @@ have one length; `shared`: how many first tokens of every prompt it has read bef
 from __future__ import annotations
 
 import copy
+import math
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import takewhile
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
-from plait.evaluation.model_calls import ModelCall, NotContinuedError, decoder_start, padded
+from plait.evaluation.model_calls import ModelCall, NotContinuedError, decoder_start, form_of, padded, perceived_of
 from plait.evaluation.output_layer import only_positions
 from plait.evaluation.packing import pack_shared, packed_keywords
 from plait.libraries import transformers as library
@@ -23,7 +26,12 @@ from plait.notices import announce
 from plait.tasks.encoding import Question
 
 MOST_POSITIONS = 4096  # whose logits are held at a time
+_ROUNDING = {torch.float32: 1e-3, torch.float64: 1e-3}  # nats per token
+_COARSE_ROUNDING = 0.1
 _SHORTEST_PREFIX = 4  # tokens; below, a pass of its own costs more than it saves
+
+
+_reasons: WeakKeyDictionary[Any, str | None] = WeakKeyDictionary()
 
 
 class CachedReader:
@@ -36,9 +44,10 @@ class CachedReader:
         self._instead: UncachedReader | None = None
         longest = max(len(q.prompt) + max(map(len, q.answers)) for q in questions)
         window = library.attention_window(model)
-        self.aligned = library.counts_by_place(model) or (window is not None and longest >= window)
+        perceives = any(q.perceived is not None for q in questions)
+        self.aligned = perceives or library.counts_by_place(model) or (window is not None and longest >= window)
         prompts = [q.prompt for q in questions]
-        shared = shared_tokens(prompts) if len(prompts) > 1 else 0
+        shared = shared_tokens(prompts) if len(prompts) > 1 and not perceives else 0
         self.shared = shared if shared >= _SHORTEST_PREFIX else 0
         self._read: Any = None
         if self.shared:
@@ -64,10 +73,12 @@ class CachedReader:
             past = copy.deepcopy(self._read)
             library.copy_rows(past, torch.zeros(len(rests), dtype=torch.long, device=ids.device))
             logits, past = self._forward.go_on(ids, seen, past, last=True)
+            shift = None
         else:
-            logits, past = self._forward.begin(ids, seen, use_cache=continued)
+            perceived = perceived_of(questions, self._model)
+            logits, past, shift = self._forward.begin(ids, seen, use_cache=continued, perceived=perceived)
         first = logits[:, -1].float().log_softmax(-1)
-        tails = self._tails(past, seen, stems_of) if continued else {}
+        tails = self._tails(past, seen, stems_of, shift) if continued else {}
         return [
             [
                 float(first[i, answer[0]].double())
@@ -77,14 +88,38 @@ class CachedReader:
             for i, (q, stems) in enumerate(zip(questions, stems_of, strict=True))
         ]
 
-    def _tails(self, past: Any, seen: Tensor, stems_of: Sequence[Stems]) -> dict[tuple[int, int], Tensor]:
+    def _tails(self, past: Any, seen: Tensor, stems_of: Sequence[Stems], shift: Tensor | None) -> dict[tuple[int, int], Tensor]:
         """Read what continuations begin with; return the logits by row and beginning."""
         wanted = [(i, k, stem) for i, stems in enumerate(stems_of) for k, stem in enumerate(stems.read) if stem]
         rows = torch.tensor([i for i, _, _ in wanted], device=seen.device)
         library.copy_rows(past, rows)
         ids, mask = padded([stem for _, _, stem in wanted], seen.device)
-        logits, _ = self._forward.go_on(ids, torch.cat([seen[rows], mask], 1), past, last=False)
+        later = None if shift is None else shift[rows.to(shift.device)]
+        logits, _ = self._forward.go_on(ids, torch.cat([seen[rows], mask], 1), past, last=False, shift=later)
         return {(i, k): row for (i, k, _), row in zip(wanted, logits, strict=True)}
+
+
+def why_not_read_on(model: Any, questions: Sequence[Question]) -> str | None:
+    """Return why answers after images or sounds are not read from the cache; None where they are as when all is read anew.
+
+    It is asked once of a model, with the longest of the answers after the longest prompt: how many positions an image takes
+    is known to the model alone.
+
+    Args:
+        model: causal.
+        questions: with images or sounds.
+    """
+    asked = max(questions, key=lambda q: (max(map(len, q.answers)), len(q.prompt)))
+    answer = max(asked.answers, key=len)
+    if len(answer) == 1:
+        return None
+    if model not in _reasons:
+        one = [replace(asked, answers=[answer])]
+        quick, anew = CachedReader(model, one, 1)(one), UncachedReader(model, 1, padded=False)(one)
+        deviation = abs(quick[0][0] - anew[0][0]) / len(answer)
+        same = deviation <= _ROUNDING.get(model.dtype, _COARSE_ROUNDING) or math.isnan(deviation)  # which is refused later
+        _reasons[model] = None if same else "read on from the images or sounds before them, its answers are not what they are"
+    return _reasons[model]
 
 
 def uncached_reader(
@@ -123,12 +158,14 @@ class UncachedReader:
         """Return the log-likelihood of every answer to every question."""
         stems_of = [Stems(q.answers) for q in questions]
         wanted = [(i, k, [*q.prompt, *stem]) for i, q in enumerate(questions) for k, stem in enumerate(stems_of[i].read)]
-        wanted.sort(key=lambda one: len(one[2]))
+        forms = [form_of(q) for q in questions]
+        wanted.sort(key=lambda one: (len(one[2]), forms[one[0]]))
         found = [[0.0] * len(q.answers) for q in questions]
-        for texts in self._groups(wanted):
+        for texts in self._groups(wanted, forms):
             ids, mask = padded([text for _, _, text in texts], self._model.device)
+            perceived = perceived_of([questions[i] for i, _, _ in texts], self._model, ids.shape[1])
             width, shortest = ids.shape[1], min(len(questions[i].prompt) for i, _, _ in texts)
-            logits = self._forward.read(ids, mask, keep=width - shortest + 1).logits
+            logits = self._forward.read(ids, mask, keep=width - shortest + 1, perceived=perceived).logits
             cut = width - logits.shape[1]  # nothing where the model gives the logits of all positions
             for (i, k, _), row in zip(texts, logits, strict=True):
                 own = row[len(questions[i].prompt) - 1 - cut :]
@@ -137,12 +174,14 @@ class UncachedReader:
                         found[i][n] = log_likelihood_of(own, answer)
         return found
 
-    def _groups(self, wanted: Sequence[tuple[int, int, list[int]]]) -> Iterator[list[tuple[int, int, list[int]]]]:
-        """Group texts, in ascending order of length, so that a batch has not too many rows nor too many logits."""
+    def _groups(
+        self, wanted: Sequence[tuple[int, int, list[int]]], forms: Sequence[str]
+    ) -> Iterator[list[tuple[int, int, list[int]]]]:
+        """Group texts, in ascending order of length, so that a batch has one form, not too many rows nor too many logits."""
         group: list[tuple[int, int, list[int]]] = []
         for one in wanted:
             kept = len(one[2])
-            other = not self._padded and group and kept != len(group[0][2])
+            other = group and ((not self._padded and kept != len(group[0][2])) or forms[one[0]] != forms[group[0][0]])
             if group and (other or len(group) == self._batch_size or (len(group) + 1) * kept > MOST_POSITIONS):
                 yield group
                 group = []

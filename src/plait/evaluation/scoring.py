@@ -34,7 +34,6 @@ from plait.tasks.asking import (
 from plait.tasks.encoding import PromptEncoder, Question, encode_readings
 from plait.tasks.examples import Examples
 from plait.tasks.inputs import Example
-from plait.tasks.schema import Task
 
 
 def answer_examples(
@@ -67,6 +66,10 @@ def answer_examples(
             f"task {task.name!r} ({task.kind}) asks for texts, but {type(model).__name__} generates none; kinds that suit it "
             "are 'sequence_classification', 'token_classification', 'regression' and 'sentence_similarity'."
         )
+    if (way := _CONTINUING.get(type(ask))) is not None:
+        apart, size = bool(model.config.is_encoder_decoder), vocabulary(model)
+        encoder = PromptEncoder(tokenizer, task, encoder_decoder=apart, vocabulary=size, processor=processor)
+        return way(model, encoder, examples, ask, batch_size, report)
     if any(e.image is not None for e in examples.items):
         return _see(model, tokenizer, processor, examples, batch_size=batch_size, report=report)
     if any(e.audio is not None for e in examples.items):
@@ -94,9 +97,8 @@ def likeliest(scores: Sequence[float], texts: Sequence[str], tokens: Sequence[in
 
 
 def _choose(
-    model: Any, tokenizer: Any, examples: Examples, ask: Choices, batch_size: int, report: StepListener
+    model: Any, encoder: PromptEncoder, examples: Examples, ask: Choices, batch_size: int, report: StepListener
 ) -> list[Answer]:
-    encoder = _encoder(model, tokenizer, examples.task)
     questions = encoder.questions(examples, [e.choices for e in examples.items])
     scores = log_likelihoods(model, questions, batch_size=batch_size, report=report)
     blanks = _blank_scores(model, encoder, examples, batch_size)
@@ -124,12 +126,12 @@ def _blank_scores(
 
 
 def _generate(
-    model: Any, tokenizer: Any, examples: Examples, ask: Generated, batch_size: int, report: StepListener
+    model: Any, encoder: PromptEncoder, examples: Examples, ask: Generated, batch_size: int, report: StepListener
 ) -> list[Answer]:
     texts = generate(
         model,
-        tokenizer,
-        _encoder(model, tokenizer, examples.task).questions(examples, [()] * len(examples.items)),
+        encoder.tokenizer,
+        encoder.questions(examples, [()] * len(examples.items)),
         max_new_tokens=ask.max_new_tokens,
         stop=ask.stop,
         batch_size=batch_size,
@@ -138,14 +140,9 @@ def _generate(
     return [Answer(id=e.id, target=e.target, given=text) for e, text in zip(examples.items, texts, strict=True)]
 
 
-def _encoder(model: Any, tokenizer: Any, task: Task) -> PromptEncoder:
-    return PromptEncoder(tokenizer, task, encoder_decoder=bool(model.config.is_encoder_decoder), vocabulary=vocabulary(model))
-
-
 def _score_target(
-    model: Any, tokenizer: Any, examples: Examples, ask: TargetLikelihood, batch_size: int, report: StepListener
+    model: Any, encoder: PromptEncoder, examples: Examples, ask: TargetLikelihood, batch_size: int, report: StepListener
 ) -> list[Answer]:
-    encoder = _encoder(model, tokenizer, examples.task)
     questions = encoder.questions(examples, [(e.target,) for e in examples.items])
     scores = log_likelihoods(model, questions, batch_size=batch_size, report=report)
     return [
@@ -254,11 +251,13 @@ def _through_harness(
     return harness.run_harness(model, tokenizer, examples, batch_size=batch_size, report=report)
 
 
-#: Way of asking → what does it; the kinds of tasks that ask so are not known here.
-_WAYS: Mapping[type, Callable[[Any, Any, Examples, Any, int, StepListener], list[Answer]]] = {
+#: Way of asking → what does it; the kinds of tasks that ask so are not known here. The first continue prompts.
+_CONTINUING: Mapping[type, Callable[[Any, PromptEncoder, Examples, Any, int, StepListener], list[Answer]]] = {
     Choices: _choose,
     Generated: _generate,
     TargetLikelihood: _score_target,
+}
+_WAYS: Mapping[type, Callable[[Any, Any, Examples, Any, int, StepListener], list[Answer]]] = {
     LabelHead: _classify,
     TagHead: _label_words,
     NumberHead: _give_numbers,

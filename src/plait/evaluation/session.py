@@ -28,7 +28,7 @@ from plait.tasks.images import thumbnail
 from plait.tasks.inputs import Example
 from plait.tasks.metrics import metric_of
 from plait.tasks.schema import Task
-from plait.tasks.sounds import sound_words
+from plait.tasks.sounds import shown_prompt
 
 _SAMPLES = 5
 _MOST_LABELS = 20  # of a table with a row and a column for each
@@ -393,12 +393,12 @@ def _samples(
     return tuple(
         Sample(
             id=items[i].id,
-            prompt=items[i].prompt_text if (sound := items[i].audio) is None else sound_words(sound),
+            prompt=shown_prompt(items[i]),
             target=items[i].target,
             base=base[i].given,
             single=None if alone is None else alone[i].given,
             merged=merged[i].given,
-            image=None if (image := items[i].image) is None else thumbnail(image),
+            image=thumbnail(images) if (images := items[i].images) else None,
             judged=judged,
         )
         for i in order

@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from plait.errors import PlaitError, PlanError, TaskError
-from plait.libraries.transformers import image_processors, pil_backend
+from plait.libraries.transformers import image_processors, pil_backend, without_videos
 from plait.parsing import MAX_TEXT_BYTES, is_there, kind_of, open_bytes, parse_json, read_text
 
 _TRUST = "--trust-remote-code (trust_remote_code=True in Python)"
 _SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
 _GENERATION = "generation_config.json"
 _PREPROCESSOR = "preprocessor_config.json"
+_PROCESSOR = ("processor_config.json", _PREPROCESSOR)
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json")
 _MODEL = ("config.json", _GENERATION, "model.safetensors.index.json")
 _TEXTS = (  # what transformers reads completely, beyond its tensors
@@ -102,6 +103,34 @@ def load_feature_extractor(folder: Path, *, trust_remote_code: bool = False) -> 
         folder,
         trust_remote_code=trust_remote_code,
     )
+
+
+def load_chat_processor(folder: Path, *, trust_remote_code: bool = False) -> Any:
+    """Return what makes a language model's inputs of chats with images (by PIL) or sounds, with its tokenizer.
+
+    Args:
+        folder: of the model.
+        trust_remote_code: run code that is next to its files.
+
+    Raises:
+        TaskError: the model reads texts alone, or its processor cannot be loaded.
+    """
+    with refuse_failures(folder, "the processor cannot be loaded", TaskError, files=_PROCESSOR), without_videos():
+        found = import_module("transformers").AutoProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        if getattr(found, "image_processor", None) is not None:
+            found.image_processor = image_processors().from_pretrained(
+                folder, trust_remote_code=trust_remote_code, **pil_backend()
+            )
+    tokenizer = getattr(found, "tokenizer", None)
+    if tokenizer is None:
+        raise TaskError(
+            f"{folder}: the model has no processor of chats with images or sounds, only a {type(found).__name__}: it reads "
+            "texts alone, or its processor_config.json or preprocessor_config.json is missing."
+        )
+    found.tokenizer = with_padding_token(tokenizer)
+    if getattr(found, "chat_template", None) is None:
+        found.chat_template = getattr(tokenizer, "chat_template", None)
+    return found
 
 
 def _processor(kind: Callable[[], Any], called: str, folder: Path, **keywords: Any) -> Any:

@@ -340,6 +340,71 @@ def pil_backend() -> dict[str, Any]:
     return {"backend": "pil"} if find_spec("transformers.image_processing_backends") is not None else {"use_fast": False}
 
 
+@contextmanager
+def without_videos() -> Iterator[None]:
+    """Let processors of transformers be loaded without their part for videos, which needs torchvision, inside the block."""
+    auto = import_module("transformers.models.auto.video_processing_auto").AutoVideoProcessor
+    mixin = import_module("transformers.processing_utils").ProcessorMixin
+    loads, checks = auto.__dict__["from_pretrained"], mixin.check_argument_for_proper_class
+
+    def check(processor: Any, name: str, part: Any) -> Any:
+        return None if part is None and name == "video_processor" else checks(processor, name, part)
+
+    auto.from_pretrained, mixin.check_argument_for_proper_class = staticmethod(lambda *_, **__: None), check
+    try:
+        yield
+    finally:
+        auto.from_pretrained, mixin.check_argument_for_proper_class = loads, checks
+
+
+_MULTIMODAL = (  # before version 5 those that hear are among the encoder-decoder models
+    "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES",
+    "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES",
+    "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
+)
+
+
+def multimodal_class(model_type: str) -> str | None:
+    """Return the class of a kind of language model that sees images or hears sounds; None for other kinds.
+
+    Raises:
+        MissingPackageError: transformers is not installed.
+    """
+    known = optional("transformers.models.auto.modeling_auto", "eval", "a live model")
+    name = next((found for table in _MULTIMODAL if (found := getattr(known, table, {}).get(model_type))), None)
+    return name if isinstance(name, str) else None
+
+
+def text_class(model_type: str) -> str | None:
+    """Return the class of a kind of model that `AutoModelForCausalLM` loads; None where it loads none.
+
+    Raises:
+        MissingPackageError: transformers is not installed.
+    """
+    known = optional("transformers.models.auto.modeling_auto", "eval", "a live model")
+    name = known.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type)
+    return name if isinstance(name, str) else None
+
+
+def position_shift(model: Any) -> Any:
+    """Return how far the positions after what a model has read are from the count of its tokens, (rows, 1); None: they are it.
+
+    With multimodal rotary positions (Qwen2-VL and others) an image takes fewer positions than tokens; the model keeps the
+    difference of what it read last.
+
+    Raises:
+        LookupError: it has such positions, and keeps no difference.
+    """
+    shifts = [module.rope_deltas for module in model.modules() if hasattr(module, "rope_deltas")]
+    if shifts and shifts[0] is not None:
+        return shifts[0]
+    text = model.config.get_text_config()
+    rotary = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
+    if "mrope_section" in str(rotary):
+        raise LookupError("its positions of images are not known after it has read them")
+    return None
+
+
 def is_conv1d(module: Any) -> bool:
     """Whether a module is transformers' Conv1D, a linear layer with a matrix (d_in, d_out); torch's Conv1d is another thing."""
     return type(module).__name__ == "Conv1D"

@@ -18,7 +18,14 @@ from plait.hub.download import resolve_model
 from plait.inspection.compatibility import replication_problems
 from plait.libraries.accelerate import PLACEMENTS
 from plait.libraries.peft import LABELED_TASKS, TASK_HEADS
-from plait.libraries.transformers import AUTO_MODELS, media_class, newly_made, writes_sounds_down
+from plait.libraries.transformers import (
+    AUTO_MODELS,
+    media_class,
+    multimodal_class,
+    newly_made,
+    text_class,
+    writes_sounds_down,
+)
 from plait.linalg.devices import device_problem
 from plait.parsing import shown
 
@@ -110,6 +117,8 @@ def _class_name(transformers: Any, adapters: Sequence[Adapter], config: Any) -> 
     for kind, adapter in kinds.items():
         if kind not in _CLASSES:
             raise PlanError(f"{adapter.config.path}: task_type {shown(kind)} is not known; known are {', '.join(_CLASSES)}.")
+        if kind == "CAUSAL_LM" and (seeing := _multimodal(adapters, config)) is not None:
+            return seeing
         speech = kind == "SEQ_2_SEQ_LM" and writes_sounds_down(str(config.model_type))
         return _SPEECH if speech else _CLASSES[kind]
     seen_or_heard = media_class(str(config.model_type))
@@ -120,6 +129,19 @@ def _class_name(transformers: Any, adapters: Sequence[Adapter], config: Any) -> 
         return named
     # a checkpoint with code of its own registers it with the Auto classes
     return _SPEECH if writes_sounds_down(str(config.model_type)) else "AutoModelForCausalLM"
+
+
+def _multimodal(adapters: Sequence[Adapter], config: Any) -> str | None:
+    """Return the class of a language model that sees or hears, where the checkpoint is of it and the adapters may be."""
+    own = multimodal_class(str(config.model_type))
+    if own is None or own not in (config.architectures or ()) or config.is_encoder_decoder:
+        return None
+    text = text_class(str(config.model_type))
+    if text in (None, own):
+        return own
+    # of these the texts' part is a model of its own, without the other's names
+    named = [path for a in adapters for path in a.targets if "language_model." in path or "vis" in path]
+    return own if named else None
 
 
 def _labels(adapters: Sequence[Adapter], *, untyped: bool) -> int | None:

@@ -27,6 +27,7 @@ def chat_text(
     tools: Any = None,
     add_generation_prompt: bool = False,
     home: str | None = None,
+    template: str | None = None,
 ) -> str:
     """Return a chat as its model reads it.
 
@@ -36,6 +37,7 @@ def chat_text(
         tools: that the model may call, as the template takes them.
         add_generation_prompt: end with the generation prompt.
         home: file of the template, for messages; the tokenizer's folder when None.
+        template: of a processor; the tokenizer's own when None.
 
     Raises:
         TaskError: the template refuses the chat, fails, or takes too much; or it is not a template.
@@ -45,7 +47,11 @@ def chat_text(
         try:
             return str(
                 tokenizer.apply_chat_template(
-                    list(messages), tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt
+                    list(messages),
+                    tools=tools,
+                    tokenize=False,
+                    add_generation_prompt=add_generation_prompt,
+                    chat_template=template,
                 )
             )
         except PlaitError:

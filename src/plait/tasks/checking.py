@@ -15,7 +15,7 @@ from plait.tasks.inputs import Prompt, prompt_text
 from plait.tasks.metrics import metric_of
 from plait.tasks.overlap import Overlap, overlaps
 from plait.tasks.schema import SPLITS, Task
-from plait.tasks.sounds import SoundLengths, sound_lengths, sound_words
+from plait.tasks.sounds import SoundLengths, shown_prompt, sound_lengths
 
 _SHOWN = 2
 _NO_ROWS = "it has no data: calibrate, tune and merge --tasks put generic lines into its prompt; it cannot be evaluated."
@@ -102,18 +102,19 @@ class TaskCheck(Record):
         return not any(o.forbidden for o in self.overlaps)
 
 
-def check_task(task: Task, tokenizer: Any | None = None) -> TaskCheck:
+def check_task(task: Task, tokenizer: Any | None = None, processor: Any | None = None) -> TaskCheck:
     """Read all of a task's splits and describe them.
 
     Args:
         task: to be looked at.
         tokenizer: of the model that it is for; without one tokens are not described.
+        processor: in its place where chats have images or sounds.
 
     Raises:
         TaskError: data that cannot be read, or rows that do not fit.
     """
     splits = {name: read_examples(task, name) for name in SPLITS if name in task.split_names}
-    encoder = None if tokenizer is None else _Tokenizer(tokenizer, task)
+    encoder = None if tokenizer is None and processor is None else _Tokenizer(tokenizer, task, processor)
     return TaskCheck(
         name=task.name,
         kind=task.kind,
@@ -128,8 +129,9 @@ def check_task(task: Task, tokenizer: Any | None = None) -> TaskCheck:
 class _Tokenizer:
     """Puts a task's examples into tokens, as evaluation does."""
 
-    def __init__(self, tokenizer: Any, task: Task) -> None:
-        self._inner, self._task, self._encoder = tokenizer, task, PromptEncoder(tokenizer, task)
+    def __init__(self, tokenizer: Any, task: Task, processor: Any) -> None:
+        self._inner, self._task = tokenizer, task
+        self._encoder = PromptEncoder(tokenizer, task, processor=processor)
 
     def text(self, prompt: Prompt) -> str:
         """Return a prompt as the model reads it."""
@@ -148,8 +150,9 @@ def _check_split(examples: Examples, encoder: _Tokenizer | None) -> SplitCheck:
     labels, right = examples.task.closed_labels, [e.target for e in items]
     if isinstance(examples.task.ask, TagHead):
         labels, right = examples.task.ask.labels, [tag for target in right for tag in target.split()]
-    images = [e.image for e in items if e.image is not None]
-    sounds = [e.audio for e in items if e.audio is not None]
+    images = [image for e in items for image in e.images]
+    sounds = [sound for e in items for sound in e.sounds]
+    alone = any(e.files and e.messages is None for e in items)
     counts = Counter(right)
     return SplitCheck(
         examples=len(items),
@@ -157,7 +160,7 @@ def _check_split(examples: Examples, encoder: _Tokenizer | None) -> SplitCheck:
         targets=None if labels is None else {label: counts[label] for label in labels},
         majority=None if labels is None else max(counts.values()) / len(right),
         rendered=tuple(_rendered(examples, i, encoder) for i in range(min(_SHOWN, len(items)))),
-        tokens=None if encoder is None or images or sounds else _tokens(examples, encoder),
+        tokens=None if encoder is None or alone else _tokens(examples, encoder),
         images=image_sizes(images) if images else None,
         sounds=sound_lengths(sounds) if sounds else None,
     )
@@ -165,10 +168,12 @@ def _check_split(examples: Examples, encoder: _Tokenizer | None) -> SplitCheck:
 
 def _rendered(examples: Examples, index: int, encoder: _Tokenizer | None) -> Rendered:
     example = examples.items[index]
-    if example.audio is not None:
-        prompt = "\n".join(filter(None, (sound_words(example.audio), example.text))) + "\n"
+    if encoder is not None and example.messages is not None:
+        prompt = encoder.text(example.prompt)
+    elif example.audio is not None:
+        prompt = "\n".join(filter(None, (shown_prompt(example), example.text))) + "\n"
     elif encoder is None or example.image is not None:
-        prompt = example.prompt_text
+        prompt = shown_prompt(example)
     else:
         prompt = encoder.text(example.prompt)
     return Rendered(prompt=prompt, target=getattr(examples.task, "delimiter", "") + example.target)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 from plait.errors import TaskError
@@ -11,7 +11,8 @@ from plait.hub.pretrained import refuse_failures
 from plait.tasks.asking import Reading, Similarity
 from plait.tasks.chat import chat_text
 from plait.tasks.examples import Examples
-from plait.tasks.inputs import Messages, Prompt, TextPair, Words
+from plait.tasks.inputs import FileColumn, Messages, Prompt, TextPair, Words
+from plait.tasks.perceiving import ChatProcessor, Perceived
 from plait.tasks.schema import Task
 
 
@@ -26,6 +27,7 @@ class Question:
         lead: what a decoder of its own reads before an answer, after its start token; empty without an encoder.
         segments: which text of a pair every token is of, as the tokenizer numbers them; empty where all are 0.
         places: where a word begins, of every word; empty for a text that is not cut into words.
+        perceived: what the model is given of the prompt's images or sounds; None where there are none.
     """
 
     prompt: list[int]
@@ -34,6 +36,7 @@ class Question:
     lead: list[int] = field(default_factory=list)
     segments: list[int] = field(default_factory=list)
     places: list[int] = field(default_factory=list)
+    perceived: Perceived | None = None
 
 
 def check_tokens(rows: Iterable[Sequence[int]], vocabulary: int | None) -> None:
@@ -137,21 +140,44 @@ class PromptEncoder:
         task: whose texts they are.
         encoder_decoder: for an encoder-decoder model.
         vocabulary: tokens that the model has embeddings for; any when None.
+        processor: of transformers, for a task with images or sounds in its chats; its tokenizer is used then.
+
+    Attributes:
+        tokenizer: the one that is used.
+
+    Raises:
+        TaskError: there is no chat template, or the processor takes no such files.
     """
 
-    def __init__(self, tokenizer: Any, task: Task, *, encoder_decoder: bool = False, vocabulary: int | None = None) -> None:
-        self._tokenizer = tokenizer
+    def __init__(
+        self,
+        tokenizer: Any,
+        task: Task,
+        *,
+        encoder_decoder: bool = False,
+        vocabulary: int | None = None,
+        processor: Any = None,
+    ) -> None:
+        column: FileColumn | None = getattr(task, "file_column", None)
+        self._chats = None if processor is None or column is None else ChatProcessor(processor, column.kind, task.where)
+        if self._chats is not None and encoder_decoder:
+            raise TaskError(
+                f"{task.where}: chats with images or sounds are read by decoder-only models; this one has an encoder."
+            )
+        self.tokenizer = self._tokenizer = tokenizer if self._chats is None else self._chats.tokenizer
         self._vocabulary = vocabulary
         self._task = task
         self._encoder_decoder = encoder_decoder
         self._chat = getattr(task, "messages", None) is not None
-        if self._chat and not getattr(tokenizer, "chat_template", None):
+        if self._chat and self._chats is None and not getattr(tokenizer, "chat_template", None):
             raise TaskError(f"task {task.name!r} has 'messages', but the model's tokenizer has no chat template; use 'prompt'.")
 
     def text(self, prompt: Prompt) -> str:
         """Return the prompt as the model reads it, up to where the answer begins."""
         if isinstance(prompt, str):
             return prompt
+        if self._chats is not None:
+            return self._chats.text(cast("Messages", prompt))
         turns = [{"role": role, "content": content} for role, content in cast("Messages", prompt)]
         return chat_text(self._tokenizer, turns, add_generation_prompt=True)
 
@@ -165,20 +191,25 @@ class PromptEncoder:
         Raises:
             TaskError: an answer has no tokens.
         """
-        return self.encode([e.prompt for e in examples.items], answers)
+        files = [e.files for e in examples.items] if self._chats is not None else ()
+        return self.encode([e.prompt for e in examples.items], answers, files)
 
     def question(self, prompt: Prompt, answers: Sequence[str]) -> Question:
         """Return one prompt with its answers."""
         return self.encode([prompt], [answers])[0]
 
-    def encode(self, prompts: Sequence[Prompt], answers: Sequence[Sequence[str]]) -> list[Question]:
-        """Return prompts with their answers; see `questions`."""
+    def encode(
+        self, prompts: Sequence[Prompt], answers: Sequence[Sequence[str]], files: Sequence[Sequence[bytes]] = ()
+    ) -> list[Question]:
+        """Return prompts with their answers, and the files of every prompt where there are some; see `questions`."""
         texts = [self.text(p) for p in prompts]
         home = getattr(self._tokenizer, "name_or_path", "") or "the model"
         with refuse_failures(home, f"the tokenizer cannot read the texts of task {self._task.name!r}", TaskError):
             questions = (
                 self._encode_separately(texts, answers) if self._encoder_decoder else self._encode_joined(texts, answers)
             )
+        if self._chats is not None:
+            questions = [self._perceived(*given) for given in zip(questions, texts, files, range(len(texts)), strict=True)]
         check_tokens((part for q in questions for part in (q.prompt, q.lead, *q.answers)), self._vocabulary)
         return questions
 
@@ -186,8 +217,9 @@ class PromptEncoder:
         delimiter = getattr(self._task, "delimiter", "")
         whole = [text + delimiter + a for text, some in zip(texts, answers, strict=True) for a in some]
         alone = sorted({delimiter + a for some in answers for a in some})
-        heads = self._tokens(texts, special=not self._chat)
-        both = iter(self._tokens(whole, special=not self._chat))
+        special = bool(texts) and self._special(texts[0])
+        heads = self._tokens(texts, special=special)
+        both = iter(self._tokens(whole, special=special))
         separate = dict(zip(alone, self._tokens(alone, special=False), strict=True))
         questions = []
         for head, some in zip(heads, answers, strict=True):
@@ -195,6 +227,19 @@ class PromptEncoder:
             tokens = [joined[len(head) :] if joined[: len(head)] == head else apart for joined, apart in pairs]
             questions.append(self._checked(head, tokens, []))
         return questions
+
+    def _perceived(self, question: Question, text: str, files: Sequence[bytes], number: int) -> Question:
+        """Return a question with the tokens that stand for its files, of which the text has a mark for each."""
+        if self._chats is None:
+            raise AssertionError("there is no processor")
+        tokens, perceived = self._chats.read(text, files, number)
+        if tokens[-1:] != question.prompt[-1:]:
+            raise TaskError(f"{self._task.where}: the processor ends a chat otherwise than its tokenizer does.")
+        return replace(question, prompt=tokens, perceived=perceived)
+
+    def _special(self, text: str) -> bool:
+        """Whether a prompt gets the tokenizer's special tokens."""
+        return not self._chat if self._chats is None else self._chats.adds_tokens(text)
 
     def _encode_separately(self, texts: Sequence[str], answers: Sequence[Sequence[str]]) -> list[Question]:
         prompts = self._tokenizer(list(texts), add_special_tokens=not self._chat)["input_ids"]

@@ -18,6 +18,7 @@ from plait.tasks.templates import Template
 _PORTION = 1024  # rows between two looks at what was wrong
 _NOTHING = "N/A"
 _NOT_HASHED = {"name", "description", "data", "splits", "adapter", "include", "spellings"}  # names and places
+_LATER = ("image", "audio")  # keys of chats that older releases had not: without them a digest is theirs
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class Examples:
     def digest(self) -> str:
         """Hash of everything about task and data that a score depends on."""
         about = self.task.model_dump(mode="json", exclude=_NOT_HASHED)
+        about = {key: value for key, value in about.items() if key not in _LATER or value is not None}
         return content_digest({**about, **self.task.own_digest()}, [e.id for e in self.items], self.blank)
 
 

@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from importlib.metadata import version
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any
 
 from pydantic import Field
 
 from plait.errors import TaskError
+from plait.tasks.attached import column_of, decoders
 from plait.tasks.inputs import FileColumn, Inputs, Row
 from plait.tasks.schema import InputMaker, RowTask
-from plait.tasks.sounds import ENDINGS, sound_bytes
+from plait.tasks.sounds import sound_bytes
 
 
 class HeardTask(RowTask):
     """A task whose rows have sounds."""
 
-    problems_shown: ClassVar = 50
     audio: Annotated[str, Field(min_length=1, description="The column: a path from the rows' file, or bytes.")] = "audio"
 
     @property
     def file_column(self) -> FileColumn:
         """The column with sounds."""
-        return FileColumn(self.audio, "audio", ENDINGS)
+        return column_of(self.audio, "audio")
 
     def inputs_of(self) -> InputMaker:
         """Return the sound of every row."""
@@ -31,7 +30,7 @@ class HeardTask(RowTask):
 
     def own_digest(self) -> Mapping[str, Any]:
         """Return what answers depend on besides the fields and the examples: what decodes and resamples sounds."""
-        return {"soundfile": version("soundfile"), "scipy": version("scipy")}
+        return decoders("audio")
 
     def _sound(self, row: Row) -> Inputs | TaskError:
         data = sound_bytes(row, self.file_column, self.where)

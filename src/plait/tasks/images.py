@@ -56,11 +56,17 @@ def decoded(data: bytes) -> Any:
         return operations.exif_transpose(image).convert("RGB")
 
 
-def thumbnail(data: bytes) -> str:
-    """Return an image as a small JPEG in a `data:` address, for a page."""
-    image, stream = decoded(data), io.BytesIO()
-    image.thumbnail(_THUMBNAIL)
-    image.save(stream, "JPEG")
+def thumbnail(images: Sequence[bytes]) -> str:
+    """Return images as one small JPEG in a `data:` address, for a page: side by side where there are several."""
+    small, stream = [decoded(data) for data in images], io.BytesIO()
+    for image in small:
+        image.thumbnail(_THUMBNAIL)
+    row = small[0]
+    if len(small) > 1:
+        row = _pil().new("RGB", (sum(image.width for image in small), max(image.height for image in small)), "white")
+        for i, image in enumerate(small):
+            row.paste(image, (sum(other.width for other in small[:i]), 0))
+    row.save(stream, "JPEG")
     return f"data:image/jpeg;base64,{base64.b64encode(stream.getvalue()).decode()}"
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from types import MappingProxyType
@@ -12,8 +12,12 @@ from typing import Any, Literal, NamedTuple, TypeAlias, cast
 
 Row: TypeAlias = Mapping[str, Any]
 Messages: TypeAlias = tuple[tuple[str, str], ...]  # chat turns (role, content)
-Input: TypeAlias = str | Messages | tuple[str, ...] | bytes  # bytes: an encoded file of audio or an image
+#: bytes: an encoded file of audio or an image; several stand in chat turns, in their order.
+Input: TypeAlias = str | Messages | tuple[str, ...] | bytes | tuple[bytes, ...]
 Inputs: TypeAlias = Mapping[str, Input]
+FileKind = Literal["image", "audio"]
+#: Where an image or a sound is in the text of chat turns: Unicode's character for an object among text.
+PLACE = "\N{OBJECT REPLACEMENT CHARACTER}"
 
 
 class FileColumn(NamedTuple):
@@ -26,7 +30,7 @@ class FileColumn(NamedTuple):
     """
 
     name: str
-    kind: Literal["image", "audio"]
+    kind: FileKind
     endings: tuple[str, ...]
 
 
@@ -54,7 +58,7 @@ class Example:
 
     Attributes:
         inputs: name → what the model is given: `text` (with `second` the other of a pair), `messages` or `words`, `audio`,
-            `image`; cannot be changed.
+            `image`; cannot be changed. Of `messages` with images or sounds, these are in the order of the `PLACE`s in them.
         target: the right answer.
         choices: all possible answers; empty where the answer is free.
     """
@@ -102,9 +106,23 @@ class Example:
         return found if isinstance(found, bytes) else None
 
     @property
+    def images(self) -> tuple[bytes, ...]:
+        """The bytes of all image files."""
+        return self._files("image")
+
+    @property
+    def sounds(self) -> tuple[bytes, ...]:
+        """The bytes of all audio files."""
+        return self._files("audio")
+
+    @property
     def files(self) -> tuple[bytes, ...]:
         """The encoded files among the inputs."""
-        return tuple(data for data in (self.image, self.audio) if data is not None)
+        return self.images + self.sounds
+
+    def _files(self, kind: FileKind) -> tuple[bytes, ...]:
+        found = self.inputs.get(kind, ())
+        return (found,) if isinstance(found, bytes) else cast("tuple[bytes, ...]", found)
 
     @property
     def prompt(self) -> Prompt:
@@ -121,10 +139,15 @@ class Example:
     @property
     def prompt_text(self) -> str:
         """The prompt for people: chat turns as lines of `role: content`, the texts of a pair as lines, a file by its hash."""
-        for kind, data in (("image", self.image), ("audio", self.audio)):
-            if data is not None:
-                return f"⟨{kind} of {len(data)} bytes, sha256 {hashlib.sha256(data).hexdigest()[:16]}⟩"
-        return prompt_text(self.prompt)
+        kind = "image" if self.images else "audio"
+        named = [f"⟨{kind} of {len(data)} bytes, sha256 {hashlib.sha256(data).hexdigest()[:16]}⟩" for data in self.files]
+        return self.text_with(named)
+
+    def text_with(self, files: Sequence[str]) -> str:
+        """Return the prompt for people, with something in place of every file; of a file without chat turns that alone."""
+        text = prompt_text(self.prompt) if self.messages is not None or not files else PLACE
+        first, *others = text.split(PLACE) if files else [text]
+        return first + "".join(file + other for file, other in zip(files, others, strict=True))
 
     @cached_property
     def id(self) -> str:
@@ -142,7 +165,14 @@ class Example:
         """The prompt alone where there is nothing else, so that hashes of text are those of every release."""
         if self.inputs.keys() <= {"text", "messages"}:
             return self.prompt
-        return {k: hashlib.sha256(v).hexdigest() if isinstance(v, bytes) else v for k, v in self.inputs.items()}
+        return {k: _hashed(v) for k, v in self.inputs.items()}
+
+
+def _hashed(given: Any) -> Any:
+    """Return an input with hashes in place of files."""
+    if isinstance(given, bytes):
+        return hashlib.sha256(given).hexdigest()
+    return [_hashed(part) for part in given] if isinstance(given, tuple) else given
 
 
 def inputs_of(prompt: Prompt) -> Inputs:

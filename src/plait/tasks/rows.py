@@ -75,8 +75,10 @@ def rows_of_file(task: RowTask, file: Path, *, besides: Sequence[str] = ()) -> l
 
 
 def _beside(row: Row, column: str, folder: Path) -> Row:
-    """Return a row whose path of a file starts at the folder of the rows."""
+    """Return a row whose paths of files start at the folder of the rows."""
     value = row.get(column)
+    if isinstance(value, (list, tuple)):
+        return {**row, column: [_beside({column: one}, column, folder)[column] for one in value]}
     return {**row, column: str(folder / expanded(value))} if isinstance(value, str) and value else row
 
 

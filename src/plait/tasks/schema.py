@@ -17,6 +17,7 @@ from plait.recipes.evaluation import SplitName
 from plait.records import Record
 from plait.tasks.answers import Metric
 from plait.tasks.asking import Ask, Choices, Length, TargetLikelihood
+from plait.tasks.attached import column_of, decoders, files_of, marked, placed
 from plait.tasks.inputs import Example, FileColumn, Inputs, Row, TextPair, inputs_of
 from plait.tasks.templates import Template as Compiled
 
@@ -136,7 +137,6 @@ class RowTask(Task):
     with, not to evaluate.
     """
 
-    problems_shown: ClassVar[int] = 5  # rows that do not fit, in one message
     data: Annotated[Data | None, Field(description="Where the rows are; none for a task that nothing is evaluated on.")] = None
     splits: Annotated[dict[SplitName, Split], Field(description="train, calibration, validation, test.")] = Field(
         default_factory=dict
@@ -181,6 +181,11 @@ class RowTask(Task):
         """The column with images or sounds; None where there are none."""
         return None
 
+    @property
+    def problems_shown(self) -> int:
+        """How many rows that do not fit are listed in one message: more where each has a file of its own."""
+        return 5 if self.file_column is None else 50
+
     def sources(self) -> list[str]:
         """Return the templates that are filled from a row before its target."""
         return [] if self.prompt is None else [self.prompt]
@@ -220,6 +225,10 @@ class PromptedTask(RowTask):
         Field(min_length=1, description="Chat turns before the answer, put through the model's chat template."),
     ] = None
     delimiter: Annotated[str, Field(description="What is put between prompt and answer, such as a blank.")] = ""
+    image: Annotated[
+        str | None, Field(min_length=1, description="The column of images in `messages`: a path from the rows' file, or bytes.")
+    ] = None
+    audio: Annotated[str | None, Field(min_length=1, description="The column of sounds in `messages`, likewise.")] = None
     max_tokens: Annotated[
         int | None, Field(ge=1, description="Longer prompts lose their beginning; otherwise they are an error.")
     ] = None
@@ -232,22 +241,66 @@ class PromptedTask(RowTask):
             raise ValueError("give 'prompt' or 'messages'")
         return self
 
+    @model_validator(mode="after")
+    def _files_in_messages(self) -> PromptedTask:
+        named = [key for key in ("image", "audio") if getattr(self, key) is not None]
+        if len(named) > 1:
+            raise ValueError("give 'image' or 'audio', not both")
+        if named and "user" not in [m.role for m in self.messages or ()]:
+            raise ValueError(f"{named[0]!r} needs 'messages' with a turn of the user: it reaches a model by its chat template")
+        if named and self.max_tokens is not None:
+            raise ValueError(f"'max_tokens' would cut the beginning off prompts with {named[0]!r}; leave it out")
+        return self
+
     @classmethod
     def needs_prompt(cls) -> bool:
         """Whether there must be a prompt."""
         return True
+
+    @property
+    def file_column(self) -> FileColumn | None:
+        """The column with images or sounds; None where there are none."""
+        if self.image is not None:
+            return column_of(self.image, "image")
+        return None if self.audio is None else column_of(self.audio, "audio")
+
+    def own_digest(self) -> Mapping[str, Any]:
+        """Return what answers depend on besides the fields and the examples: what decodes images or sounds."""
+        return {} if self.file_column is None else decoders(self.file_column.kind)
 
     def sources(self) -> list[str]:
         """Return the templates that are filled from a row before its target."""
         return super().sources() if self.messages is None else [m.content for m in self.messages]
 
     def inputs_of(self) -> InputMaker:
-        """Return what makes an example's text or chat turns of every row."""
+        """Return what makes an example's text or chat turns of every row, with its images or sounds."""
         if self.messages is None:
             return super().inputs_of()
         roles = [m.role for m in self.messages]
         turns = [Compiled(m.content, f"{self.where}: messages") for m in self.messages]
-        return lambda rows: combine_texts(turns, rows, lambda texts: inputs_of(tuple(zip(roles, texts, strict=True))))
+        column = self.file_column
+        if column is None:
+            return lambda rows: combine_texts(turns, rows, lambda texts: inputs_of(tuple(zip(roles, texts, strict=True))))
+
+        def with_files(rows: Sequence[Row]) -> list[Inputs | TaskError]:
+            files = [files_of(row, column, self.where) for row in rows]
+            shown = [marked(row, column, found) for row, found in zip(rows, files, strict=True)]
+            texts = combine_texts(turns, shown, lambda texts: texts)
+            return [self._placed(roles, *pair, column) for pair in zip(texts, files, strict=True)]
+
+        return with_files
+
+    def _placed(
+        self,
+        roles: Sequence[str],
+        texts: tuple[str, ...] | TaskError,
+        files: tuple[bytes, ...] | TaskError,
+        column: FileColumn,
+    ) -> Inputs | TaskError:
+        if isinstance(files, TaskError):
+            return files
+        found = texts if isinstance(texts, TaskError) else placed(roles, texts, column, files)
+        return TaskError(f"{self.where}: messages: {found}") if isinstance(found, TaskError) and found is not texts else found
 
 
 class RankedTask(PromptedTask):
@@ -259,6 +312,12 @@ class RankedTask(PromptedTask):
     calibrated: Annotated[
         bool, Field(description="Take off each answer's log-likelihood after the prompt with every field N/A.")
     ] = False
+
+    @model_validator(mode="after")
+    def _nothing_to_show(self) -> RankedTask:
+        if self.calibrated and self.file_column is not None:
+            raise ValueError(f"'calibrated' asks without content, and no {self.file_column.kind} file has none; leave it out")
+        return self
 
     @property
     def ask(self) -> Choices:

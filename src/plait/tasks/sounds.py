@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from plait.errors import TaskError
 from plait.extras import optional
 from plait.records import Record
-from plait.tasks.inputs import FileColumn, Row
+from plait.tasks.inputs import Example, FileColumn, Row
 from plait.tasks.row_files import encoded_file
 
 ENDINGS = (".flac", ".mp3", ".oga", ".ogg", ".opus", ".wav")
@@ -93,6 +93,11 @@ def sound_words(data: bytes) -> str:
     info = _soundfile().info(io.BytesIO(data))
     digest = hashlib.sha256(data).hexdigest()[:16]
     return f"⟨audio of {info.frames / info.samplerate:.1f} seconds, {info.samplerate} Hz {info.format}, sha256 {digest}⟩"
+
+
+def shown_prompt(example: Example) -> str:
+    """Return an example's prompt for people, with its sounds in words."""
+    return example.text_with([sound_words(sound) for sound in example.sounds]) if example.sounds else example.prompt_text
 
 
 def _problem(data: bytes) -> str:

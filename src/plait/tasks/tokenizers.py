@@ -1,4 +1,4 @@
-"""The tokenizer of a model, without the model."""
+"""The tokenizer, or the processor of chats, of a model, without the model."""
 
 from __future__ import annotations
 
@@ -27,3 +27,10 @@ def load_task_tokenizer(model: str, *, trust_remote_code: bool = False) -> Any:
     optional("transformers", "eval", "a tokenizer")
     folder = resolve_model(model, files=_FILES).folder
     return pretrained.with_padding_token(pretrained.load_tokenizer(folder, trust_remote_code=trust_remote_code))
+
+
+def load_task_processor(model: str, *, trust_remote_code: bool = False) -> Any:
+    """Return the processor of a model's chats with images or sounds; arguments and errors as `load_task_tokenizer`."""
+    optional("transformers", "eval", "a processor")
+    folder = resolve_model(model, files=_FILES).folder
+    return pretrained.load_chat_processor(folder, trust_remote_code=trust_remote_code)

@@ -165,6 +165,11 @@ def _chosen(split: str | tuple[str, ...], there: Sequence[str]) -> str:
 def training_problem(task: Task) -> str | None:
     """Return, in words, why adapters are not trained here for a task; None where they are."""
     second, seen = getattr(task, "second", None), getattr(task, "file_column", None)
+    if seen is not None and getattr(task, "messages", None) is not None:
+        return (
+            f"task {task.name!r}: training on chats with {seen.kind} files is not covered. Train this adapter with PEFT or TRL "
+            "and merge it; evaluation and search have the task."
+        )
     if not isinstance(task.ask, Reading) or (type(task.ask) is LabelHead and second is None):
         return None
     what = "two texts with a label" if second is not None and type(task.ask) is LabelHead else f"kind {task.kind}"

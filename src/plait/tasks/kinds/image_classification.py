@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
 from plait.errors import TaskError
 from plait.tasks.asking import ClassPrompts, LabelHead
-from plait.tasks.images import ENDINGS, image_bytes
+from plait.tasks.attached import column_of, decoders
+from plait.tasks.images import image_bytes
 from plait.tasks.inputs import FileColumn, Inputs, Row
 from plait.tasks.schema import InputMaker, Labels, RowTask, TemplateText, kind
 from plait.tasks.templates import Template as Compiled
@@ -25,7 +25,6 @@ class ImageClassification(RowTask):
     """One of a fixed set of labels: the largest output of the task's own head, or the text that is nearest to the image."""
 
     metrics: ClassVar = ("accuracy", "macro_f1")
-    problems_shown: ClassVar = 50
     kind: Literal["image_classification"]
     labels: Annotated[Labels, Field(description="In the order of the head's outputs, or what class prompts are filled with.")]
     image: Annotated[str, Field(min_length=1, description="The column: a path from the rows' file, or bytes.")] = "image"
@@ -46,7 +45,7 @@ class ImageClassification(RowTask):
     @property
     def file_column(self) -> FileColumn:
         """The column with images."""
-        return FileColumn(self.image, "image", ENDINGS)
+        return column_of(self.image, "image")
 
     @property
     def closed_labels(self) -> tuple[str, ...]:
@@ -72,7 +71,7 @@ class ImageClassification(RowTask):
 
     def own_digest(self) -> Mapping[str, Any]:
         """Return what answers depend on besides the fields and the examples: what decodes images."""
-        return {"pillow": version("pillow")}
+        return decoders("image")
 
     def _filled(self, template: str, rows: Sequence[Row]) -> list[str]:
         found = []

@@ -1,0 +1,369 @@
+"""Chats with images: Qwen2-VL, Idefics3 and LLaVA against transformers and PEFT, number by number; what does not fit."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from peft import PeftModel
+from PIL import Image
+from transformers import AutoModelForImageTextToText
+
+import plait
+from plait import notices
+from plait.adapters.adapter import Adapter
+from plait.errors import TaskError
+from plait.evaluation import readers
+from plait.evaluation.scoring import answer_examples
+from plait.hub.pretrained import load_chat_processor
+from plait.libraries import transformers as library
+from plait.mixture import Mixture
+from plait.notices import PlaitWarning
+from plait.tasks.examples import read_examples
+from plait.tasks.images import decoded
+from plait.tasks.inputs import PLACE
+from plait.tasks.loading import load_task
+from tests.chat_models import save_chat_model
+from tests.command_line import exit_code
+from tests.multimodal_models import TARGETS, fresh, save_base, turns
+from tests.two_adapters import NAMES, Folder, save_drawn, write_yaml
+
+# PEFT's and torch's own
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
+KINDS = ("qwen2_vl", "idefics3", "llava")
+LABELS = ["red", "reddish", "b", "green"]
+SIZES = [(12, 9), (20, 20), (9, 12), (12, 9), (20, 20), (12, 9)]
+
+
+def picture(number: int, size: tuple[int, int] = (12, 9)) -> bytes:
+    pixels = np.random.default_rng(number).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def write(folder: Path, name: str, **changes: Any) -> Path:
+    """Write a task of chats with pictures of several sizes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    turn = 3 if name == "two" else 1
+    rows = [{"image": f"{name}{i}.png", "who": "ab"[i % 2], "label": LABELS[(i * turn) % 4]} for i in range(len(SIZES))]
+    for i, (row, size) in enumerate(zip(rows, SIZES, strict=True)):
+        (folder / row["image"]).write_bytes(picture(10 * turn + i, size))
+    (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = {
+        "name": name,
+        "kind": "classification",
+        "data": {"path": f"{name}.jsonl"},
+        "splits": {"test": {"rows": [0, len(rows)]}},
+        "image": "image",
+        "messages": [{"role": "user", "content": "Which color, {{ who }}?"}],
+        "target": "{{ label }}",
+        "labels": LABELS,
+    }
+    return write_yaml(folder, name, {key: value for key, value in (task | changes).items() if value is not None})
+
+
+class World(Folder):
+    """A base of every kind, two adapters of each on what sees, reads and is between both, and the tasks."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        for kind in KINDS:
+            save_base(kind, self.base(kind))
+            for name in NAMES:
+                seed = 3 + 17 * (name == "two")
+                typed = {"task_type": "CAUSAL_LM"} if kind == "qwen2_vl" else {}  # as TRL writes it, or none
+                save_drawn(folder / kind / name, fresh(kind), seed, target_modules=TARGETS[kind], **typed)
+                write(folder / kind / "tasks", name)
+
+    def base(self, kind: str) -> Path:
+        return self.folder / kind / "base"
+
+    def processor(self, kind: str) -> Any:
+        return load_chat_processor(self.base(kind))
+
+    def peft(self, kind: str, adapter: Path | None) -> Any:
+        model = AutoModelForImageTextToText.from_pretrained(self.base(kind)).eval()
+        return model if adapter is None else PeftModel.from_pretrained(model, str(adapter)).eval()
+
+    def live(self, kind: str) -> Mixture:
+        pair = [Adapter.open(place, name) for name, place in self.adapters(kind).items()]
+        return Mixture.load(self.base(kind), pair, dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return World(tmp_path_factory.mktemp("seen"))
+
+
+@contextmanager
+def images_read(model: Any) -> Iterator[list[int]]:
+    """Count the prompts that a model reads with images."""
+    found: list[int] = []
+
+    def count(_: Any, given: Any, keywords: dict[str, Any]) -> None:
+        if keywords.get("pixel_values") is not None:
+            found.append(len(keywords["input_ids"]))
+
+    handle = model.register_forward_pre_hook(count, with_kwargs=True)
+    yield found
+    handle.remove()
+
+
+@torch.no_grad()
+def likelihoods(processor: Any, model: Any, parts: Sequence[str | None], images: Sequence[bytes], delimiter: str = "") -> Any:
+    """Return log p of every label after a chat as transformers has it: the complete text read anew for each."""
+    prompt, shown = processor.apply_chat_template(turns(parts), add_generation_prompt=True), [[*map(decoded, images)]]
+    start = processor(text=[prompt], images=shown, return_tensors="pt")["input_ids"].shape[1]
+    found = []
+    for label in LABELS:
+        given = processor(text=[prompt + delimiter + label], images=shown, return_tensors="pt")
+        scores = model(**given).logits[0, start - 1 : -1].log_softmax(-1)
+        found.append(float(scores.gather(1, given["input_ids"][0, start:, None]).sum()))
+    return found
+
+
+@torch.no_grad()
+def spoken(processor: Any, model: Any, parts: Sequence[str | None], images: Sequence[bytes], tokens: int) -> str:
+    prompt = processor.apply_chat_template(turns(parts), add_generation_prompt=True)
+    given = processor(text=[prompt], images=[[*map(decoded, images)]], return_tensors="pt")
+    out = model.generate(**given, max_new_tokens=tokens, do_sample=False)[0, given["input_ids"].shape[1] :]
+    return str(processor.tokenizer.decode(out, skip_special_tokens=True))
+
+
+def asked(world: World, kind: str, model: Any, file: Path, batch_size: int = 3) -> Any:
+    examples = read_examples(load_task(file), "test")
+    return answer_examples(model, None, examples, processor=world.processor(kind), batch_size=batch_size)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_likelihoods_are_those_of_transformers_with_peft(world: World, tmp_path: Path, kind: str) -> None:
+    """Base, single and merge, in a forward pass and in the weights; images of several sizes, answers of several tokens."""
+    file, pair, processor = world.tasks(kind)[0], world.adapters(kind), world.processor(kind)
+    merged = plait.merge(pair, weights=[0.7, -0.4], out=tmp_path / "out").folder
+    states = {"base": {}, "one": {"one": 1.0}, "merge": {"one": 0.7, "two": -0.4}}
+    places = {"base": None, "one": pair["one"], "merge": merged}
+    examples, mixture, everything = read_examples(load_task(file), "test").items, world.live(kind), []
+    for name, weights in states.items():
+        with mixture.active(weights) as acting, images_read(acting) as read:
+            answers = asked(world, kind, acting, file)
+        tried = 2 * (name == "base")  # whether answers may be read on from what was seen, once
+        assert sum(read) == tried + len(examples)  # every prompt once, whatever its answers
+        model = world.peft(kind, places[name])
+        forms = [model] if name != "merge" else [model, model.merge_and_unload()]
+        for plain in forms:
+            wanted = [
+                likelihoods(processor, plain, [None, f"Which color, {'ab'[i % 2]}?"], e.images) for i, e in enumerate(examples)
+            ]
+            found = torch.tensor([a.scores for a in answers])
+            torch.testing.assert_close(found, torch.tensor(wanted), atol=2e-4, rtol=2e-5)
+        everything.append(found)
+    rows = torch.cat(everything)
+    assert torch.pdist(rows).min() > 0.01  # every image, question and adapter counts
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_evaluation_is_that_of_peft(world: World, tmp_path: Path, kind: str) -> None:
+    """What is generated and what is likeliest, for base, single and merge; the page shows what was seen."""
+    files = [
+        *world.tasks(kind),
+        write(tmp_path, "written", kind="generation", labels=None, adapter="one", max_new_tokens=5, metric="cer"),
+    ]
+    found = plait.evaluate(
+        world.adapters(kind), tasks=files, base=world.base(kind), weights=[0.5, 0.5], workspace=tmp_path / "kept", batch_size=4
+    )
+    merged = plait.merge(world.adapters(kind), weights=[0.5, 0.5], out=tmp_path / "out").folder
+    processor, sides = world.processor(kind), []
+    for place in (None, world.adapters(kind)["one"], merged):
+        model = world.peft(kind, place)
+        rows = read_examples(load_task(files[0]), "test").items
+        likeliest = [int(np.argmax(likelihoods(processor, model, [None, e.prompt[0][1][1:]], e.images))) for e in rows]
+        share = float(np.mean([LABELS[i] == e.target for i, e in zip(likeliest, rows, strict=True)]))
+        written = [
+            spoken(processor, model, [None, e.prompt[0][1][1:]], e.images, 5)
+            for e in read_examples(load_task(files[2]), "test").items
+        ]
+        sides.append((share, written))
+    task, generated = found.tasks[0], found.tasks[2]
+    assert [task.base, task.single, task.merged] == [share for share, _ in sides]
+    for sample in generated.samples:
+        i = next(i for i, e in enumerate(read_examples(load_task(files[2]), "test").items) if e.id == sample.id)
+        assert [sample.base, sample.single, sample.merged] == [written[i] for _, written in sides]
+    assert len({text for _, written in sides for text in written}) > 3
+    assert all((sample.image or "").startswith("data:image/jpeg") for sample in generated.samples)
+    assert "user: ⟨image of " in generated.samples[0].prompt
+    plait.report(next((tmp_path / "kept").rglob("eval_results_*.json")).parent, out=tmp_path / "page.html")
+    assert generated.samples[0].image in (tmp_path / "page.html").read_text()
+
+
+def unknown(_: Any) -> None:
+    raise LookupError("its positions are not known")
+
+
+@pytest.mark.parametrize(
+    ("shift", "why"), [(unknown, "its positions are not known"), (lambda _: None, "its answers are not what they are")]
+)
+def test_what_is_read_again_is_announced_and_the_same(
+    world: World, monkeypatch: pytest.MonkeyPatch, shift: Callable[[Any], None], why: str
+) -> None:
+    with world.live("qwen2_vl").active({"one": 1.0}) as acting:
+        quick = asked(world, "qwen2_vl", acting, world.tasks("qwen2_vl")[0])
+        monkeypatch.setattr(library, "position_shift", shift)
+        readers._reasons.clear()
+        notices.forget_announcements()
+        with images_read(acting) as read, pytest.warns(PlaitWarning, match=f"the slower way.*{why}"):
+            slow = asked(world, "qwen2_vl", acting, world.tasks("qwen2_vl")[0], batch_size=2)
+    assert sum(read) > len(SIZES)
+    both = [torch.tensor([a.scores for a in answers]) for answers in (slow, quick)]
+    torch.testing.assert_close(*both, atol=2e-4, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["qwen2_vl", "idefics3"])
+@pytest.mark.parametrize(
+    ("content", "parts", "order"),
+    [
+        ("so {{ image[1] }} or {{ image[0] }}?", ["so ", None, " or ", None, "?"], [1, 0]),
+        ("so {{ image }}?", ["so ", None, None, "?"], [0, 1]),
+        ("so?", [None, None, "so?"], [0, 1]),
+    ],
+)
+def test_several_images_are_where_templates_name_them(
+    world: World, tmp_path: Path, kind: str, content: str, parts: list[str | None], order: list[int]
+) -> None:
+    write(tmp_path, "one")
+    rows = [{"image": ["one0.png", "one1.png"], "label": "b"}, {"image": ["one1.png", "one2.png"], "label": "red"}]
+    (tmp_path / "one.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    asks = {"messages": [{"role": "user", "content": content}], "splits": {"test": {"rows": [0, 2]}}, "delimiter": " "}
+    file = write_yaml(tmp_path, "t", yaml.safe_load((tmp_path / "one.yaml").read_text()) | asks)
+    with world.live(kind).active({"one": 1.0}) as acting:
+        answers = asked(world, kind, acting, file)
+    model, processor = world.peft(kind, world.adapters(kind)["one"]), world.processor(kind)
+    pictures = [[(tmp_path / row["image"][i]).read_bytes() for i in order] for row in rows]
+    wanted = [likelihoods(processor, model, parts, shown, " ") for shown in pictures]
+    torch.testing.assert_close(torch.tensor([a.scores for a in answers]), torch.tensor(wanted), atol=2e-4, rtol=2e-5)
+
+
+def test_choices_and_targets_of_rows_are_scored_too(world: World, tmp_path: Path) -> None:
+    chosen = write(tmp_path, "one", kind="multiple_choice", labels=None, choices=["{{ label }}", "{{ who }}x"])
+    text = write(tmp_path, "two", kind="perplexity", labels=None, adapter="one")
+    found = plait.evaluate(
+        {"one": world.adapters("qwen2_vl")["one"]}, tasks=[chosen, text], base=world.base("qwen2_vl"), workspace=None
+    )
+    model, processor = world.peft("qwen2_vl", world.adapters("qwen2_vl")["one"]), world.processor("qwen2_vl")
+    rows = read_examples(load_task(text), "test").items
+    total = sum(likelihoods(processor, model, [None, e.prompt[0][1][1:]], e.images)[LABELS.index(e.target)] for e in rows)
+    assert found.tasks[1].single == pytest.approx(np.exp(-total / sum(len(e.target) for e in rows)), rel=1e-4)
+    assert found.tasks[0].examples == len(SIZES)
+
+
+def test_a_check_shows_the_chat_as_the_model_reads_it(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = write(tmp_path, "one")
+    assert exit_code("tasks", "check", str(file), "--model", str(world.base("qwen2_vl"))) == 0
+    text = capsys.readouterr().out
+    assert "<|vision_start|><|image_pad|><|vision_end|>Which color, a?" in text
+    assert "20 × 20 pixels (6 PNG" in text
+    tokens = plait.check_tasks([file], model=world.base("qwen2_vl"))[0].splits["test"].tokens
+    assert tokens is not None
+    assert (tokens.shortest, tokens.longest) == (36 + 2, 36 + 4)  # those of the text, and one for every 8 × 8 pixels
+    assert exit_code("tasks", "check", str(file)) == 0
+    assert "user: ⟨image of " in capsys.readouterr().out
+
+
+def test_broken_images_are_listed_by_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = write(tmp_path, "one")
+    (tmp_path / "one1.png").unlink()
+    (tmp_path / "one3.png").write_text("no image")
+    rows = [json.loads(line) for line in (tmp_path / "one.jsonl").read_text().splitlines()]
+    rows[4]["who"], rows[5]["image"] = f"x{PLACE}y", []
+    (tmp_path / "one.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert exit_code("tasks", "check", str(file)) == 2
+    text = " ".join(capsys.readouterr().err.split())
+    for row, why in {1: "no such file", 3: "none of BMP", 4: "holds U+FFFC", 5: "lists no file"}.items():
+        assert f"(row {row} of split 'test')" in text
+        assert why in text
+    assert "(row 0 " not in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"messages": None, "prompt": "{{ who }}"}, "'image' needs 'messages' with a turn of the user"),
+        ({"messages": [{"role": "system", "content": "x"}]}, "'image' needs 'messages' with a turn of the user"),
+        ({"max_tokens": 9}, "'max_tokens' would cut the beginning off prompts with 'image'"),
+        ({"calibrated": True}, "'calibrated' asks without content"),
+        ({"audio": "sound"}, "give 'image' or 'audio', not both"),
+    ],
+)
+def test_what_has_no_place_is_refused(tmp_path: Path, changes: dict[str, Any], why: str) -> None:
+    with pytest.raises(TaskError, match=re.escape(why)):
+        load_task(write(tmp_path, "one", **changes))
+
+
+def test_a_template_that_names_one_image_twice_is_refused(tmp_path: Path) -> None:
+    file = write(tmp_path, "one", messages=[{"role": "user", "content": "{{ image }} {{ image }}"}])
+    with pytest.raises(TaskError, match=r"the row has 1 image files, and the templates name 2: .*\(row 5 of split 'test'\)"):
+        read_examples(load_task(file), "test")
+
+
+def test_a_base_that_cannot_read_it_is_refused_before_it_is_loaded(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Mixture, "load", lambda *_, **__: pytest.fail("the model was loaded"))
+
+    def refused(base: Path) -> str:
+        with pytest.raises(TaskError) as error:
+            plait.evaluate({"one": world.adapters("llava")["one"]}, tasks=world.tasks("llava")[:1], base=base, workspace=None)
+        return str(error.value)
+
+    assert "has no processor of chats with images or sounds" in refused(save_chat_model(tmp_path / "text"))
+    base = shutil.copytree(world.base("llava"), tmp_path / "base")
+    template = base / "chat_template.jinja"
+    written = template.read_text()
+    template.write_text(written.replace("<image>", ""))
+    assert f"{base}: the chat template has no place for image files" in refused(base)
+    template.unlink()
+    assert f"{base} has no chat template" in refused(base)
+    template.write_text(written)
+    (base / "preprocessor_config.json").write_text("{")
+    assert "the processor cannot be loaded: preprocessor_config.json" in refused(base)
+
+
+def test_a_processor_of_another_model_is_refused(world: World, tmp_path: Path) -> None:
+    base = shutil.copytree(world.base("llava"), tmp_path / "base")
+    settings = json.loads((base / "processor_config.json").read_text())
+    (base / "processor_config.json").write_text(json.dumps(settings | {"patch_size": 2}))
+    for kind in ({}, {"kind": "generation", "labels": None}):
+        file = write(tmp_path, "one", **kind)
+        with pytest.raises(TaskError, match="the two do not belong together"):
+            plait.evaluate({"one": world.adapters("llava")["one"]}, tasks=[file], base=base, workspace=None)
+
+
+def test_a_missing_package_is_named(world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(sys.modules, "PIL.Image", None)
+    assert exit_code("tasks", "check", str(world.tasks("llava")[0])) == 2
+    assert "python -m pip install 'plait[vision]'" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("command", ["calibrate", "tune", "tune --objective gradient"])
+def test_what_reads_texts_alone_refuses(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str) -> None:
+    given = [*map(str, world.adapters("llava").values()), "--tasks", *map(str, world.tasks("llava"))]
+    assert exit_code(*command.split(), *given, "--base-id", str(world.base("llava")), "-o", str(tmp_path / "out")) == 2
+    assert "plait eval and plait sweep have such tasks" in " ".join(capsys.readouterr().err.split())
+
+
+def test_training_refuses_what_it_would_not_see(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    phases = [{"name": "one", "task": str(world.tasks("llava")[0])}]
+    job = write_yaml(tmp_path, "job", {"base_model": str(world.base("llava")), "phases": phases})
+    assert exit_code("train", str(job), "-o", str(tmp_path / "out"), "--dry-run") == 2
+    assert "training on chats with image files is not covered" in " ".join(capsys.readouterr().err.split())

@@ -1,0 +1,119 @@
+"""Small language models that see images or hear sounds, with processors and chat templates: every token is a character."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tokenizers import processors
+from transformers import PreTrainedTokenizerFast
+
+from tests.chat_models import byte_tokenizer
+
+TEXT = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
+TEXT |= {"max_position_embeddings": 512, "pad_token_id": None, "bos_token_id": None}
+_ADDED = {
+    "qwen2_vl": ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"],
+    "idefics3": [
+        "<fake_token_around_image>",
+        "<image>",
+        "<end_of_utterance>",
+        "<global-img>",
+        "<row_1_col_1>",
+        "<row_1_col_2>",
+    ],
+    "llava": ["<image>"],
+}
+_MARKS = {"qwen2_vl": "<|vision_start|><|image_pad|><|vision_end|>", "idefics3": "<image>", "llava": "<image>"}
+#: How the tests find modules of language, of what perceives, and between both, to adapt.
+TARGETS = {
+    "qwen2_vl": r".*(q_proj|v_proj|visual.*(qkv|fc1|mlp\.[02]))",
+    "idefics3": r".*(text_model.*(q_proj|v_proj)|vision_model.*(q_proj|fc1)|connector.*proj)",
+    "llava": r".*(language_model.*(q_proj|v_proj)|vision_tower.*(q_proj|fc1)|multi_modal_projector.linear_1)",
+}
+
+
+def template(mark: str, kind: str = "image") -> str:
+    return (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% for part in m.content %}"
+        f"{{% if part.type == '{kind}' %}}{mark}{{% else %}}{{{{ part.text }}}}{{% endif %}}"
+        "{% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+
+
+def tokenizer(kind: str) -> PreTrainedTokenizerFast:
+    """Return the tokenizer of a kind of model; that of LLaVA begins every text with a token."""
+    special = {"bos_token": "<s>"} if kind == "llava" else {}
+    found = byte_tokenizer(None, pad_token="<|pad|>", **special)
+    found.add_special_tokens({"additional_special_tokens": _ADDED[kind]})
+    if kind == "llava":
+        begin = ("<s>", found.convert_tokens_to_ids("<s>"))
+        found.backend_tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[begin])
+    return found
+
+
+def fresh(kind: str) -> Any:
+    """Return a model of random weights."""
+    tokens = tokenizer(kind)
+    text: dict[str, Any] = {**TEXT, "vocab_size": len(tokens), "eos_token_id": tokens.eos_token_id}
+    torch.manual_seed(0)
+    if kind == "qwen2_vl":
+        text["rope_parameters"] = {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 100.0}
+        vision = {"depth": 1, "embed_dim": 16, "num_heads": 2, "mlp_ratio": 2, "patch_size": 4, "hidden_size": 16}
+        ids = {f"{name}_token_id": tokens.convert_tokens_to_ids(f"<|{name}_pad|>") for name in ("image", "video")}
+        config = transformers.Qwen2VLConfig(text_config=text, vision_config=vision, **ids)
+        model = transformers.Qwen2VLForConditionalGeneration(config)
+    else:
+        vision = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+        vision |= {"image_size": 8, "patch_size": 4}
+        text["model_type"], image = "llama", tokens.convert_tokens_to_ids("<image>")
+        if kind == "idefics3":
+            config = transformers.Idefics3Config(
+                text_config=text, vision_config=vision, scale_factor=2, image_token_id=image, pad_token_id=text["pad_token_id"]
+            )
+            model = transformers.Idefics3ForConditionalGeneration(config)
+        else:
+            vision["model_type"] = "clip_vision_model"
+            config = transformers.LlavaConfig(
+                text_config=text, vision_config=vision, image_token_index=image, vision_feature_layer=-1
+            )
+            model = transformers.LlavaForConditionalGeneration(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(6)  # the initialization is so small that all images look alike
+    return model.eval()
+
+
+def save_base(kind: str, folder: Path) -> Path:
+    """Write a model, its tokenizer, its processor's settings and its chat template."""
+    model = fresh(kind)
+    model.generation_config.eos_token_id = tokenizer(kind).eos_token_id
+    model.save_pretrained(folder)
+    tokenizer(kind).save_pretrained(folder)
+    size: dict[str, Any]
+    if kind == "qwen2_vl":
+        size = {"patch_size": 4, "merge_size": 2, "min_pixels": 64, "max_pixels": 400}
+        settings = {"image_processor_type": "Qwen2VLImageProcessor", "processor_class": "Qwen2VLProcessor", **size}
+    elif kind == "idefics3":
+        size = {"size": {"longest_edge": 16}, "max_image_size": {"longest_edge": 8}}
+        settings = {"image_processor_type": "Idefics3ImageProcessor", "processor_class": "Idefics3Processor", **size}
+        (folder / "processor_config.json").write_text(json.dumps({"processor_class": "Idefics3Processor", "image_seq_len": 1}))
+    else:
+        size = {"size": {"shortest_edge": 8}, "crop_size": {"height": 8, "width": 8}}
+        settings = {"image_processor_type": "CLIPImageProcessor", "processor_class": "LlavaProcessor", **size}
+        own = {"patch_size": 4, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
+        (folder / "processor_config.json").write_text(json.dumps({"processor_class": "LlavaProcessor", **own}))
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings))
+    (folder / "chat_template.jinja").write_text(template(_MARKS[kind]))
+    return folder
+
+
+def turns(parts: Sequence[str | None], kind: str = "image") -> list[dict[str, Any]]:
+    """Return a user's turn as transformers has it, with a file in place of None."""
+    content = [{"type": kind} if part is None else {"type": "text", "text": part} for part in parts]
+    return [{"role": "user", "content": content}]
