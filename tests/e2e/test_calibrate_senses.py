@@ -33,17 +33,21 @@ from tests.two_adapters import NAMES, Folder, save_drawn
 soundfile = pytest.importorskip("soundfile")
 # PEFT's and torch's own
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
-KINDS = ("vit", "wav2vec2", "whisper")  # one size of images, sounds of three lengths, sounds filled up to one
+KINDS = ("vit", "clip", "wav2vec2", "whisper")  # one size of images, sounds of three lengths, sounds filled up to one
+SEEN = ("vit", "clip")
 SPLITS = {"calibration": {"rows": [0, 6]}, "test": {"rows": [6, 9]}}
 
 
+CLASSES = [[f"very {label}", f"{label} :"] for label in images.LABELS]
+
+
 def plain(kind: str) -> Any:
-    return images.fresh(kind) if kind == "vit" else sounds.fresh(kind)
+    return images.fresh(kind) if kind in SEEN else sounds.fresh(kind)
 
 
 def write(folder: Path, kind: str, name: str, **changes: Any) -> Path:
-    module = images if kind == "vit" else sounds
-    return module.write(folder, name, **{"splits": SPLITS, **changes})
+    module, prompts = images if kind in SEEN else sounds, {"class_prompts": images.PROMPTS} if kind == "clip" else {}
+    return module.write(folder, name, **{"splits": SPLITS, **prompts, **changes})
 
 
 class World(Folder):
@@ -53,21 +57,22 @@ class World(Folder):
         super().__init__(folder)
         for kind in KINDS:
             plain(kind).save_pretrained(folder / kind / "base")
-            (images.save_processor if kind == "vit" else sounds.save_extractor)(kind, folder / kind / "base")
+            (images.save_processor if kind in SEEN else sounds.save_extractor)(kind, folder / kind / "base")
             layers = ["q_proj", "v_proj", "query", "value", "fc1", "output.dense", "output_dense"]
-            saved = ["classifier"] if kind == "vit" else ["projector", "classifier"]
+            saved = {"vit": ["classifier"], "clip": None}.get(kind, ["projector", "classifier"])
             for name in NAMES:
                 seed = 3 + 17 * (name == "two")
                 save_drawn(folder / kind / name, plain(kind), seed, target_modules=layers, modules_to_save=saved)
                 write(folder / kind / "tasks", kind, name)
+        images.tokenizer().save_pretrained(folder / "clip" / "base")
 
     def given(self, kind: str) -> dict[str, Any]:
         return {"tasks": self.tasks(kind), "base_model": str(self.folder / kind / "base")}
 
     def prepared(self, kind: str, example: Example) -> dict[str, torch.Tensor]:
-        """Return what transformers gives the model of one example."""
+        """Return what transformers gives the model of one example; the texts of classes are other inputs."""
         base = self.folder / kind / "base"
-        if kind == "vit":
+        if kind in SEEN:
             return {**load_image_processor(base)(images=decoded(example.image or b""), return_tensors="pt")}
         values, rate = soundfile.read(io.BytesIO(example.audio or b""), dtype="float32")
         extractor = load_feature_extractor(base)
@@ -78,6 +83,17 @@ class World(Folder):
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     return World(tmp_path_factory.mktemp("senses"))
+
+
+def scores(kind: str, model: Any, given: list[dict[str, torch.Tensor]]) -> torch.Tensor:
+    """Return a model's scores of the labels, one example, and one text of a class, at a time."""
+    if kind != "clip":
+        return torch.cat([model(**one).logits for one in given])
+    texts = [torch.cat([model(**given[0], **images.read(text)).text_embeds for text in some]).mean(0) for some in CLASSES]
+    classes = torch.stack([mean / mean.norm() for mean in texts])
+    seen = torch.cat([model(**one, **images.read("very red")).image_embeds for one in given])
+    found: torch.Tensor = model.logit_scale.exp() * seen @ classes.T
+    return found
 
 
 def plain_moments(model: Any, given: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
@@ -104,17 +120,20 @@ def test_moments_are_those_of_each_adapter_on_its_own_files(world: World, tmp_pa
         items = read_examples(load_task(task), "calibration").items
         chosen = [e for e in items if e.prompt_text in about["shown"]]
         assert len(chosen) == about["count"] == 3
-        wanted = plain_moments(model, [world.prepared(kind, e) for e in chosen])
+        given = [world.prepared(kind, e) for e in chosen]
+        if kind == "clip":  # every image with every text
+            given = [{**one, **images.read(text)} for one in given for some in CLASSES for text in some]
+        wanted = plain_moments(model, given)
         file = MomentsFile(folder / f"{name}.safetensors")
         found[name] = {target: dense(file.read(target, None)) for target in wanted}
         assert len(wanted) >= 6
         for target, gram in wanted.items():
             torch.testing.assert_close(found[name][target], gram, rtol=1e-4, atol=1e-5, msg=target)
-    assert not any(torch.allclose(found["one"][t], found["two"][t], rtol=1e-2) for t in found["one"])
+    assert not all(torch.allclose(found["one"][t], found["two"][t], rtol=1e-2) for t in found["one"])
     assert plait.verify(folder).ok
 
 
-@pytest.mark.parametrize("kind", ["vit", "whisper"])
+@pytest.mark.parametrize("kind", ["clip", "whisper"])
 def test_merges_calibrate_by_themselves(world: World, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """`regmean` is that of moments that were taken before; its other forms, and a scale, are found without a label."""
     monkeypatch.chdir(tmp_path)
@@ -188,23 +207,24 @@ def test_a_tuning_starts_bad_and_ends_better(world: World, tmp_path: Path, kind:
     result = plait.tune(world.adapters(kind), method="linear", out=tmp_path / "tuned", tune=learn, **world.given(kind))
     found = result.record
     assert found.start.share > 0.2
-    assert found.kept.share < 0.25 * found.start.share
+    assert found.kept.share < 0.4 * found.start.share
     assert not any("labels were read" in note for note in found.notes)
     for name, task in zip(NAMES, world.tasks(kind), strict=True):
         own = world.adapters(kind)[name]
         teacher = PeftModel.from_pretrained(plain(kind), str(own)).eval()
-        tuned = PeftModel.from_pretrained(plain(kind), str(with_head(result.folder, own, tmp_path / "mixed"))).eval()
+        merged = result.folder if kind == "clip" else with_head(result.folder, own, tmp_path / "mixed")
+        tuned = PeftModel.from_pretrained(plain(kind), str(merged)).eval()
         given = [world.prepared(kind, e) for e in read_examples(load_task(task), "calibration").items]
         with torch.no_grad():
-            p, q = (torch.cat([m(**x).logits for x in given]).double().log_softmax(-1) for m in (teacher, tuned))
+            p, q = (scores(kind, m, given).double().log_softmax(-1) for m in (teacher, tuned))
         assert found.kept.divergence[name] == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-3, abs=1e-6)
 
 
-@pytest.mark.parametrize("objective", ["gradient", "adamerging"])
-def test_objectives_of_heads(world: World, tmp_path: Path, objective: str) -> None:
+@pytest.mark.parametrize(("kind", "objective"), [("vit", "adamerging"), ("vit", "gradient"), ("clip", "gradient")])
+def test_objectives_of_labels(world: World, tmp_path: Path, kind: str, objective: str) -> None:
     """Labels are read only where the objective needs them, and coefficients are a plain recipe."""
     learn = {"steps": 12, "objective": objective, "granularity": "module", "held_out": 0, "restore_best": False, "prompts": 6}
-    result = plait.tune(world.adapters("vit"), method="linear", out=tmp_path / "out", tune=learn, **world.given("vit"))
+    result = plait.tune(world.adapters(kind), method="linear", out=tmp_path / "out", tune=learn, **world.given(kind))
     assert any("labels were read: 12 in all" in note for note in result.record.notes) == (objective == "gradient")
     assert result.record.losses[-1] < result.record.losses[0]
     again = plait.merge(result.folder / "recipe.yaml", out=tmp_path / "again").folder
@@ -215,7 +235,6 @@ def test_objectives_of_heads(world: World, tmp_path: Path, objective: str) -> No
 REFUSED = [
     ("vit", {"splits": {"test": {"rows": [6, 9]}}}, "no text can replace an image file"),
     ("wav2vec2", {"splits": {"test": {"rows": [6, 9]}}}, "rows with the column 'audio', or a folder"),
-    ("vit", {"class_prompts": ["a {{ label }}"]}, "class prompts are answered without a head"),
 ]
 
 
@@ -228,9 +247,8 @@ def test_what_cannot_be_read_is_refused_before_the_base_is_loaded(
     for command in (plait.calibrate, plait.tune, partial(plait.merge, method="regmean")):
         with pytest.raises(PlaitError, match=words):
             command(world.adapters(kind), out=tmp_path / "out", **{**world.given(kind), "tasks": tasks})
-    if "class_prompts" not in changes:
-        with pytest.raises(PlaitError, match="objective 'hidden' compares hidden states where an answer is read"):
-            plait.tune(world.adapters(kind), out=tmp_path / "out", tune={"objective": "hidden"}, **world.given(kind))
+    with pytest.raises(PlaitError, match="objective 'hidden' compares hidden states where an answer is read"):
+        plait.tune(world.adapters(kind), out=tmp_path / "out", tune={"objective": "hidden"}, **world.given(kind))
     for texts in ("lines", "template"):
-        with pytest.raises(PlaitError, match=r"no text can replace an|class prompts"):
+        with pytest.raises(PlaitError, match="no text can replace an"):
             plait.calibrate(world.adapters(kind), out=tmp_path / "out", texts=texts, **world.given(kind))

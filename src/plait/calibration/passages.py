@@ -18,9 +18,11 @@ from plait.errors import TaskError
 from plait.evaluation.model_calls import decoder_start
 from plait.evaluation.output_layer import only_positions
 from plait.evaluation.packing import PackedRows, pack_apart, pack_shared, packed_keywords, why_not_packed, worth_packing
+from plait.evaluation.vision import ClassTexts, class_vectors, likeness
 from plait.notices import announce
 
 PAD = 0  # any token: padded positions are masked
+_BATCH_TEXTS = 64  # of classes, read at a time
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,6 +50,7 @@ class Passage:
         segments: which text of a pair every token is of; empty where all are of one.
         places: at which tokens a head answers; empty where it answers once.
         media: an image or a sound, read in place of a prompt.
+        classes: the texts that an image is compared with, where a head has no part.
     """
 
     prompt: tuple[int, ...] = ()
@@ -56,6 +59,7 @@ class Passage:
     segments: tuple[int, ...] = ()
     places: tuple[int, ...] = ()
     media: MediaInput | None = None
+    classes: ClassTexts | None = None
 
     @property
     def positions(self) -> int:
@@ -115,6 +119,9 @@ class Reader:
         Args:
             passages: of one length and form, or ones that the model `reads_in_one_row`.
         """
+        if (classes := passages[0].classes) is not None:
+            self._likeness(passages, classes)
+            return
         sequences = [self._sequence(p) for p in passages]
         one_row = len(set(map(len, sequences))) > 1
         given = self._packed_input(pack_apart(sequences), passages) if one_row else self._padded_input(passages)
@@ -139,6 +146,8 @@ class Reader:
         return torch.cat([logits for logits, _ in parts])[back], tuple(torch.cat(layer)[back] for layer in layers)
 
     def _ask_together(self, passages: Sequence[Passage], **more: Any) -> tuple[Tensor, tuple[Tensor, ...]]:
+        if (classes := passages[0].classes) is not None:
+            return self._likeness(passages, classes), ()
         given = self._input(passages)
         with self._gathering(given) as gathered:
             out = self._model(**given.keywords, **more)
@@ -150,6 +159,11 @@ class Reader:
             return out.logits.float(), states
         scores: Tensor = out.logits[0] if gathered else out.logits[given.rows, given.columns]
         return scores.float(), states
+
+    def _likeness(self, passages: Sequence[Passage], classes: ClassTexts) -> Tensor:
+        """Return how like each image is to each class, (B, classes) float32; images and texts are read with what acts."""
+        (pixels,) = _stacked(passages, self._model.device).values()
+        return likeness(self._model, pixels, class_vectors(self._model, classes, _BATCH_TEXTS))
 
     def _gathering(self, given: _Input) -> AbstractContextManager[Any]:
         return only_positions(self._model, given.rows, given.columns) if self._writes(given) else nullcontext()

@@ -15,7 +15,7 @@ from plait.errors import TaskError
 from plait.evaluation import hearing, vision
 from plait.evaluation.transcribing import beginning, transcript_tokens, writer_of, written
 from plait.mixture import Mixture
-from plait.tasks.asking import Transcribed
+from plait.tasks.asking import ClassPrompts, Transcribed
 
 _BATCH = 16  # images or sounds at a time
 
@@ -43,6 +43,9 @@ def check_perceived(mixture: Mixture, texts: Texts, *, answered: bool = False, r
     if any(e.audio is not None for e in texts.examples.items):
         counts = hearing.sample_counts(processor, [e.audio or b"" for e in texts.examples.items])
         hearing.check_lengths(model, processor, texts.examples, counts)
+    if isinstance(task.ask, ClassPrompts):
+        vision.class_texts(model, mixture.tokenizer, task.ask.texts)
+        return
     if not isinstance(task.ask, Transcribed):
         if model.can_generate():
             name = type(model).__name__
@@ -87,6 +90,9 @@ def perceived_passages(
     media = _inputs(mixture, texts)
     model: Any = mixture.model
     ask, tokenizer = texts.task.ask, mixture.tokenizer
+    if isinstance(ask, ClassPrompts):
+        classes = vision.class_texts(model, tokenizer, ask.texts)
+        return tuple(Passage(media=one, classes=classes) for one in media)
     if not isinstance(ask, Transcribed) or not model.config.is_encoder_decoder:
         return tuple(Passage(media=one) for one in media)
     first, items = _beginnings(mixture, texts), texts.examples.items

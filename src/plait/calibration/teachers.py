@@ -18,7 +18,7 @@ from plait.errors import TaskError
 from plait.evaluation.likelihood import likeliest_answers
 from plait.evaluation.model_calls import BrokenOutputsError, check_numbers
 from plait.mixture import Mixture
-from plait.tasks.asking import Head, LabelHead
+from plait.tasks.asking import ClassPrompts, Head, LabelHead
 from plait.tasks.encoding import Question
 
 _MOST_BYTES = 1 << 30  # of one task's distributions; above, only the largest entries are kept
@@ -76,7 +76,7 @@ class AnsweredTexts:
         passages: prompts with the adapter's answers, or with the right ones.
         answers: its distributions at their positions, one row per position.
         labels: per text, the first tokens of the labels that the task offers; empty where answers are free.
-        head: whether the answers are a classification head's.
+        head: whether the answers are a classification head's, or those of a model that compares images with texts.
     """
 
     passages: tuple[Passage, ...]
@@ -156,7 +156,7 @@ def answer_texts(
         TaskError: the adapter cannot answer, such as with scores that are NaN.
     """
     ask = texts.task.ask
-    head = isinstance(ask, Head)
+    head = isinstance(ask, (Head, ClassPrompts))
     with naming(texts), _naming_adapter(mixture, adapter):
         if is_perceived(texts):
             writes = not head and right is None

@@ -20,7 +20,7 @@ from plait.errors import TaskError
 from plait.notices import announce
 from plait.parsing import read_text
 from plait.recipes.evaluation import SplitName
-from plait.tasks.asking import ClassPrompts, NumberHead, Similarity, TargetLikelihood
+from plait.tasks.asking import NumberHead, Similarity, TargetLikelihood
 from plait.tasks.examples import Examples, fields_of, questions_of
 from plait.tasks.inputs import FileColumn, Prompt, Row
 from plait.tasks.loading import absolute_reference
@@ -140,11 +140,6 @@ def _check_files(task: RowTask, column: FileColumn, kind: TextKind) -> None:
     """Refuse what cannot be read of a task of images or sounds."""
     if problem := chat_problem(task):
         raise TaskError(problem)
-    if isinstance(task.ask, ClassPrompts):
-        raise TaskError(
-            f"task {task.name!r}: class prompts are answered without a head, by the texts that are nearest, which is not "
-            "covered to calibrate and tune. Methods without moments merge such adapters; plait sweep searches by the metric."
-        )
     if kind in ("lines", "template"):
         raise TaskError(
             f"task {task.name!r} ({task.kind}): no text can replace an {column.kind} file, so that plait has none to read. "

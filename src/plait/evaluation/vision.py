@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -69,17 +71,13 @@ def class_likeness(
     Raises:
         TaskError: the model has no such vectors, one is NaN, or a text is too long.
     """
-    if not hasattr(model, "get_image_features") or not hasattr(model, "logit_scale"):
-        raise TaskError(
-            f"{type(model).__name__} does not compare images with texts; 'class_prompts' are for models like CLIP. Without "
-            "them the task's own head is asked."
-        )
-    classes = _class_vectors(model, tokenizer, texts, batch_size)
+    wanted = class_texts(model, tokenizer, texts)
+    with torch.inference_mode():
+        classes = class_vectors(model, wanted, batch_size)
     found: list[list[float]] = []
     for pixels in seen(model, processor, images, batch_size):
         with torch.inference_mode():
-            vectors = _unit(features_of(model.get_image_features(pixel_values=pixels)).float())
-            rows = (model.logit_scale.float().exp() * vectors @ classes.T).tolist()
+            rows = likeness(model, pixels, classes).tolist()
         for row in rows:
             check_numbers(model, row)
         found += rows
@@ -87,20 +85,67 @@ def class_likeness(
     return found
 
 
-def _class_vectors(model: Any, tokenizer: Any, texts: Sequence[Sequence[str]], batch_size: int) -> Tensor:
-    """Return a vector of length 1 per class, (classes, d)."""
-    flat = [text for some in texts for text in some]
+@dataclass(frozen=True)
+class ClassTexts:
+    """What classes are called, as tokens.
+
+    Attributes:
+        rows: the tokens of every text, class by class.
+        per_class: texts of every class.
+    """
+
+    rows: tuple[tuple[int, ...], ...]
+    per_class: int
+
+
+def class_texts(model: Any, tokenizer: Any, texts: Sequence[Sequence[str]]) -> ClassTexts:
+    """Return the texts of classes as tokens.
+
+    Args:
+        model: with vectors of images and of texts, as CLIP; its weights are not used.
+        tokenizer: of the texts.
+        texts: per class, the same number of each.
+
+    Raises:
+        TaskError: the model has no such vectors, there is no tokenizer, or a text is too long.
+    """
+    if not hasattr(model, "get_image_features") or not hasattr(model, "logit_scale"):
+        raise TaskError(
+            f"{type(model).__name__} does not compare images with texts; 'class_prompts' are for models like CLIP. Without "
+            "them the task's own head is asked."
+        )
+    if tokenizer is None:
+        raise TaskError("the base has no tokenizer, and class prompts must be read.")
     home = getattr(tokenizer, "name_or_path", "") or "the model"
     with refuse_failures(home, "the tokenizer cannot read the class prompts", TaskError):
-        lengths = [len(row) for row in tokenizer(flat)["input_ids"]]
-    check_lengths(model, lengths)
-    vectors = []
-    for at in range(0, len(flat), batch_size):
-        given = tokenizer(flat[at : at + batch_size], padding=True, return_tensors="pt").to(model.device)
-        with torch.inference_mode():
-            out = model.get_text_features(input_ids=given["input_ids"], attention_mask=given["attention_mask"])
-            vectors.append(_unit(features_of(out).float()))
-    return _unit(torch.cat(vectors).reshape(len(texts), len(texts[0]), -1).mean(1))
+        rows = tokenizer([text for some in texts for text in some])["input_ids"]
+    check_lengths(model, [*map(len, rows)])
+    return ClassTexts(tuple(map(tuple, rows)), len(texts[0]))
+
+
+def class_vectors(model: Any, texts: ClassTexts, batch_size: int) -> Tensor:
+    """Return a vector of length 1 per class, (classes, d) float32; gradients reach what acts.
+
+    Texts of one length are read together, so that none is padded.
+    """
+    lengths: dict[int, list[int]] = defaultdict(list)
+    for i, row in enumerate(texts.rows):
+        lengths[len(row)].append(i)
+    batches = [some[at : at + batch_size] for some in lengths.values() for at in range(0, len(some), batch_size)]
+    found = []
+    for batch in batches:
+        ids = torch.tensor([texts.rows[i] for i in batch], device=model.device)
+        out = model.get_text_features(input_ids=ids, attention_mask=torch.ones_like(ids))
+        found.append(_unit(features_of(out).float()))
+    back = torch.tensor([i for batch in batches for i in batch], device=model.device).argsort()
+    return _unit(torch.cat(found)[back].reshape(-1, texts.per_class, found[0].shape[-1]).mean(1))
+
+
+def likeness(model: Any, pixels: Tensor, classes: Tensor) -> Tensor:
+    """Return how like every image is to every class, times the model's scale, (images, classes) float32."""
+    vectors = _unit(features_of(model.get_image_features(pixel_values=pixels)).float())
+    scores: Tensor = model.logit_scale.float().exp() * vectors @ classes.T
+    return scores
 
 
 def _unit(vectors: Tensor) -> Tensor:

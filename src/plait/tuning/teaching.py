@@ -14,7 +14,7 @@ from plait.calibration.passages import Reader
 from plait.calibration.teachers import AnsweredTexts, answer_texts
 from plait.calibration.texts import Texts
 from plait.mixture import Mixture
-from plait.tasks.asking import LabelHead, TagHead
+from plait.tasks.asking import ClassPrompts, LabelHead, TagHead
 from plait.tuning.objectives import BatchOutputs
 
 Hidden = Sequence[torch.Tensor] | None  # per layer (positions, d)
@@ -123,7 +123,7 @@ def make_lesson(
     match texts.task.ask:
         case TagHead(labels=labels) if right is not None:
             targets = tuple(tuple(labels.index(tag) for tag in text.split()) for text in right)
-        case LabelHead(labels=labels) if right is not None:
+        case LabelHead(labels=labels) | ClassPrompts(labels=labels) if right is not None:
             targets = tuple((labels.index(text),) for text in right)
     known = {f.name: getattr(answered, f.name) for f in fields(answered)}
     return Lesson(**known, task=texts.task.name, adapter=adapter, targets=targets, labeled=right is not None)

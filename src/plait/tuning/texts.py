@@ -11,7 +11,7 @@ from plait.errors import TaskError, collect
 from plait.merging.inventory import Inventory
 from plait.recipes.schema import Recipe
 from plait.recipes.tuning import LABELED
-from plait.tasks.asking import Head
+from plait.tasks.asking import ClassPrompts, Head
 from plait.tuning.held_out import SplitLessons
 from plait.tuning.labels import read_labeled
 from plait.tuning.record import SeenTexts
@@ -34,10 +34,10 @@ def tuning_texts(
     problems += [problem for t in tasks if (problem := answer_problem(t))]
     if spec.objective == "hidden":
         problems += [
-            f"task {t.name!r} ({t.kind}): objective 'hidden' compares hidden states where an answer is read, and a head of "
-            "images or sounds reads all of them at once, in a form of its own. Use 'distill', which reads no label either."
+            f"task {t.name!r} ({t.kind}): objective 'hidden' compares hidden states where an answer is read, and a label "
+            "of an image or a sound is read of all of them at once, in a form of its own. Use 'distill', which reads no label."
             for t in tasks
-            if getattr(t, "file_column", None) is not None and isinstance(t.ask, Head)
+            if getattr(t, "file_column", None) is not None and isinstance(t.ask, (Head, ClassPrompts))
         ]
     owners = {t.name: t.own_adapter for t in tasks}
     if spec.objective not in LABELED:
