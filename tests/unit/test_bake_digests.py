@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -17,6 +18,7 @@ from safetensors.torch import save_file
 import plait
 from plait.baking import digests
 from plait.baking.digests import GrowingDigest
+from plait.cli.main import main
 from plait.libraries.huggingface_hub import fetched_sha256
 from tests.adapters_on_disk import Linear, write_adapter
 
@@ -179,3 +181,27 @@ def test_a_copied_file_with_another_header_has_a_hash_of_its_own(materials, tmp_
     assert lock["base"]["files"] == {p.name: sha256(p) for p in sorted(base.glob("*.safetensors"))}
     shards = {n: d for n, d in lock["outputs"].items() if n.endswith(".safetensors")}
     assert shards == {p.name: sha256(p) for p in out.glob("*.safetensors")}
+
+
+def test_a_base_that_is_not_hashed_is_unknown_to_verify(materials, tmp_path, monkeypatch, capsys):
+    base, adapter = materials
+    with monkeypatch.context() as no_hash:
+        no_hash.setattr(digests, "sha256", lambda path: pytest.fail(f"{path} is hashed"))
+        out = plait.bake([adapter], base=base, out=tmp_path / "out", hash_base=False).folder
+    copied, changed = sorted(p.name for p in base.glob("*.safetensors"))
+    lock = json.loads((out / "plait.lock").read_text())
+    assert (lock["base"]["files"], lock["base"]["not_hashed"]) == ({copied: sha256(base / copied)}, [changed])
+    assert lock["outputs"][changed] == sha256(out / changed)
+    assert "hash_base" not in lock["options"], "the bytes are the same"
+    found = plait.verify(out)
+    assert [(i.name, i.state, i.found) for i in found.inputs if i.state != "equal"] == [("base_model", "unknown", True)]
+    assert found.ok
+    with contextlib.suppress(SystemExit):
+        main(["verify", str(out), "--no-rebuild"])
+    shown = capsys.readouterr().out
+    assert f"base_model: unknown: {changed} was not hashed" in shown
+    assert "verified: files are what plait.lock says" in shown
+    save_file({"up.weight": torch.zeros(6, 8)}, base / changed)
+    found = plait.verify(out)
+    assert not found.ok
+    assert [r.name for r in found.rebuilt or () if r.state != "equal"] == [changed], "what was read shows in the result"

@@ -174,6 +174,7 @@ def bake(  # noqa: PLR0913 (what a command line takes)
     workers: int | None = None,
     device: str = "cpu",
     dequantize: bool = False,
+    hash_base: bool = True,
     progress: Progress | None = None,
     check: str | Path | None = None,
     push_to: str | None = None,
@@ -203,6 +204,8 @@ def bake(  # noqa: PLR0913 (what a command line takes)
         workers: threads; never change a byte.
         device: where blocks are added up, as torch names it; the lock names it, since other devices round otherwise.
         dequantize: read a quantized base (fp8, mxfp4) as the plain model that it encodes; refused without.
+        hash_base: hash the base's files where their sha256 is not known; without, the lock names them, and `verify` cannot
+            tell whether they have changed.
         progress: receives the bytes done.
         check: a file of prompts: then compare the model's logits with those of the live merge; the result's `parity`.
         push_to: Hub repository to upload the model to.
@@ -231,6 +234,7 @@ def bake(  # noqa: PLR0913 (what a command line takes)
         shard_size=shard_size,
         device=device,
         dequantize=dequantize,
+        hash_base=hash_base,
         cluster=cluster,
         force=force,
         workers=workers,

@@ -82,8 +82,8 @@ class GrowingDigest:
 
 @contextmanager
 def base_digests(
-    checkpoint: BaseCheckpoint, shards: Sequence[OutShard], known: Mapping[Path, str]
-) -> Iterator[Callable[[Mapping[str, str]], dict[str, str]]]:
+    checkpoint: BaseCheckpoint, shards: Sequence[OutShard], known: Mapping[Path, str], *, read: bool = True
+) -> Iterator[Callable[[Mapping[str, str]], dict[str, str | None]]]:
     """Hash the base's files during the work, but for those whose sha256 is known without reading them.
 
     Known are those that the Hub's tools have noted, and those that are copied unchanged: they are their result.
@@ -92,6 +92,7 @@ def base_digests(
         checkpoint: the base.
         shards: that are written.
         known: file → sha256, of files that were hashed before.
+        read: hash the others; without, theirs are None.
 
     Yields:
         a function of the results' digests, file → sha256, that waits for the base's.
@@ -100,7 +101,11 @@ def base_digests(
     copied = {s.name for s in shards if leads.get(s.name) == s.lead and all(t.copied for t in s.tensors)}
     with ThreadPoolExecutor(1, "plait-sha256") as pool:
         files = [s.file.path for s in checkpoint.shards if s.name not in copied]
-        futures = {path: pool.submit(lambda p: known.get(p) or fetched_sha256(p) or sha256(p), path) for path in files}
+
+        def digest(path: Path) -> str | None:
+            return known.get(path) or fetched_sha256(path) or (sha256(path) if read else None)
+
+        futures = {path: pool.submit(digest, path) for path in files}
         try:
             yield lambda results: {
                 s.source: results[s.name] if s.name in copied else futures[s.file.path].result() for s in checkpoint.shards

@@ -128,7 +128,7 @@ def run_bake(  # noqa: PLR0913 (all that a bake depends on)
         resumed = tuple(sorted(journal.finished))
         left = bake.plan.output_bytes - sum(size for size, _ in journal.finished.values())
         check_space(out, left, what="the model", on=journal.folder, advice="--dtype bfloat16")
-        with base_digests(bake.checkpoint, bake.shards, known) as digests_of_base:
+        with base_digests(bake.checkpoint, bake.shards, known, read=options.hash_base) as digests_of_base:
             if nodes is not None:
                 shards = write_on_nodes(nodes, bake, digest, journal, threads=workers, progress=progress)
             else:
@@ -203,7 +203,7 @@ def _record(bake: Bake, digests: list[str], shards: dict[str, str], resumed: tup
     )
 
 
-def _lock(bake: Bake, digests: list[str], shards: dict[str, str], base: dict[str, str], folder: Path, out: Path) -> Lock:
+def _lock(bake: Bake, digests: list[str], shards: dict[str, str], base: dict[str, str | None], folder: Path, out: Path) -> Lock:
     """Make the lock; shards are not read again, their hashes are known."""
     return new_lock(
         "bake",

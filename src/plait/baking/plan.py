@@ -41,6 +41,7 @@ class BakeOptions(Record):
         dequantize: take a quantized base for the plain model that it encodes, where that can be done here.
         full_tensors: put adapters' heads, embeddings and other full tensors into the model, or under heads/; without, the
             base's stay. Taking an adapter out leaves them alone.
+        hash_base: hash those of the base's files whose sha256 is not known; without, the lock says of which it is not.
     """
 
     dtype: BakeDtype | None = None
@@ -48,11 +49,12 @@ class BakeOptions(Record):
     device: str = "cpu"
     dequantize: bool = False
     full_tensors: bool = True
+    hash_base: bool = True
 
     @property
     def kept(self) -> dict[str, Any]:
         """What of this the bytes depend on, as plain values: the kind of device, not which one of several."""
-        return self.model_dump(mode="json") | {"device": torch.device(self.device).type}
+        return self.model_dump(mode="json", exclude={"hash_base"}) | {"device": torch.device(self.device).type}
 
 
 def bake_options(**values: Any) -> BakeOptions:

@@ -48,6 +48,14 @@ def bake(
     dequantize: Annotated[
         bool, typer.Option("--dequantize", help="Read a quantized base (fp8, mxfp4) as the plain model that it encodes.")
     ] = False,
+    hash_base: Annotated[
+        bool,
+        typer.Option(
+            "--hash-base/--no-hash-base",
+            help="Hash the base's files where their sha256 is not known; without, the lock names them, and plait verify cannot "
+            "tell whether they have changed.",
+        ),
+    ] = True,
     check: Annotated[
         Path | None,
         typer.Option(
@@ -80,6 +88,7 @@ def bake(
         shard_size=shard_size,
         device=device,
         dequantize=dequantize,
+        hash_base=hash_base,
         force=writing.force,
         workers=writing.workers,
         prompts=check,

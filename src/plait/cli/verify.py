@@ -69,7 +69,8 @@ def _show(found: Verification) -> None:
     if found.parity is not None:
         show_parity(found.parity)
     word = "[green]verified[/green]" if found.ok else "[red]not verified[/red]"
-    what = "files and inputs" if found.rebuilt is None else "files, inputs and the rebuilt result"
+    inputs = "" if any(i.state != "equal" for i in found.inputs) else " and inputs" if found.rebuilt is None else ", inputs"
+    what = f"files{inputs}{'' if found.rebuilt is None else ' and the rebuilt result'}"
     out().print(f"{word}: {what} are what plait.lock says" if found.ok else f"{word}: see above")
 
 
@@ -92,7 +93,8 @@ def _show_inputs(found: Verification) -> None:
     equal = sum(i.state == "equal" for i in found.inputs)
     out().print(f"inputs   {equal} of {len(found.inputs)} are found and unchanged")
     for item in [i for i in found.inputs if i.state != "equal"][:_SHOWN]:
-        detail = f"changed: {item.detail} in {item.path}" if item.state == "changed" else f"not found: {item.detail}"
+        missing = f"{'unknown' if item.found else 'not found'}: {item.detail}"
+        detail = f"changed: {item.detail} in {item.path}" if item.state == "changed" else missing
         out().print(f"  {item.name}: {detail}", style="red" if item.state == "changed" else "yellow", markup=False)
 
 

@@ -41,6 +41,7 @@ class BakeOrder(WritingOrder):
     shard_size: str | None = None
     device: str = "cpu"
     dequantize: bool = False
+    hash_base: bool = True
     prompts: Path | None = None
     push_to: str | None = None
     private: bool = False
@@ -49,8 +50,14 @@ class BakeOrder(WritingOrder):
 
     @cached_property
     def options(self) -> BakeOptions:
-        """Dtype, size of files and device."""
-        return bake_options(dtype=self.dtype, shard_size=self.shard_size, device=self.device, dequantize=self.dequantize)
+        """Dtype, size of files, device, and what is hashed."""
+        return bake_options(
+            dtype=self.dtype,
+            shard_size=self.shard_size,
+            device=self.device,
+            dequantize=self.dequantize,
+            hash_base=self.hash_base,
+        )
 
     def check(self) -> None:
         """Refuse what does not go together, and a recipe or options that are not valid.

@@ -62,6 +62,7 @@ class LockedInput(Record):
         commit: there.
         files: name → sha256.
         moments: its inputs' second moments, where the method used them.
+        not_hashed: further files, of which no sha256 was taken: of a base that was baked with `--no-hash-base`.
     """
 
     path: str
@@ -69,6 +70,7 @@ class LockedInput(Record):
     commit: str | None
     files: FileDigests
     moments: LockedFile | None = None
+    not_hashed: tuple[str, ...] = ()
 
 
 class Lock(Record):
@@ -196,19 +198,21 @@ def new_lock(
     )
 
 
-def locked_input(place: Located, files: Mapping[str, str], folder: Path) -> LockedInput:
+def locked_input(place: Located, files: Mapping[str, str | None], folder: Path) -> LockedInput:
     """Describe an input so that it can be found again: a Hub place by its commit, a local folder from the lock's own folder.
 
     Args:
         place: where it was found.
-        files: name → sha256.
+        files: name → sha256; None of one that was not hashed.
         folder: where the lock will be, or a folder next to that.
     """
     if place.repo is None:
         path = relative_path(place.path, folder)
     else:
         path = f"{place.repo}@{place.commit}" + (f"/{place.subfolder}" if place.subfolder else "")
-    return LockedInput(path=path, repo=place.repo, commit=place.commit, files=dict(files))
+    hashed = {name: digest for name, digest in files.items() if digest is not None}
+    not_hashed = tuple(name for name, digest in files.items() if digest is None)
+    return LockedInput(path=path, repo=place.repo, commit=place.commit, files=hashed, not_hashed=not_hashed)
 
 
 def relative_path(path: Path, folder: Path) -> str:

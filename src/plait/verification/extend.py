@@ -80,7 +80,7 @@ def extend(
     if from_merged:
         return _from_merged(folder, lock, add, settings, sets)
     checks, found = check_inputs(folder, lock, inputs or {})
-    lost = [c for c in checks if c.state != "equal"]
+    lost = [c for c in checks if c.state == "changed" or not c.found]
     if lost:
         lines = "\n".join(f"  - {c.name}: {_what_changed(c)}" for c in lost)
         given = " ".join(f"--input {c.name}=PATH" for c in lost)

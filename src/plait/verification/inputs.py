@@ -25,14 +25,16 @@ class InputCheck(Record):
     Attributes:
         name: of the adapter; `base_model` for the base; `base` and `finetuned` of an extraction.
         path: where it was looked for.
-        state: `unknown` where it cannot be found.
-        detail: which files differ, or why it cannot be found.
+        state: `unknown` where it cannot be found, or a file of it was not hashed when the result was made.
+        detail: which files differ, or why it cannot be found, or which were not hashed.
+        found: whether it is there.
     """
 
     name: str
     path: str
     state: Literal["equal", "changed", "unknown"]
     detail: str = ""
+    found: bool = True
 
 
 @dataclass(frozen=True)
@@ -89,15 +91,18 @@ def check_inputs(folder: Path, lock: Lock, given: Mapping[str, str]) -> tuple[tu
             located = resolve_model(path, any_form=name == BASE) if is_model else resolve(parse_reference(path))
             place = located.folder.resolve()
         except PlaitError as error:
-            checks.append(InputCheck(name=name, path=path, state="unknown", detail=str(error)))
+            checks.append(InputCheck(name=name, path=path, state="unknown", detail=str(error), found=False))
             continue
         moments = _moments(folder, entry) if name not in given else _moments(folder, entry, place)
         differing = [f for f, digest in entry.files.items() if _digest(place / f) != digest]
         equal = {place / f: digest for f, digest in entry.files.items() if f not in differing}
         if moments is not None and entry.moments is not None and _digest(moments) != entry.moments.sha256:
             differing.append(moments.name)
-        state: Literal["equal", "changed"] = "changed" if differing else "equal"
-        checks.append(InputCheck(name=name, path=path, state=state, detail=", ".join(differing)))
+        state: Literal["equal", "changed", "unknown"] = "changed" if differing else "equal"
+        detail = ", ".join(differing)
+        if entry.not_hashed and not differing:
+            state, detail = "unknown", f"{', '.join(entry.not_hashed)} was not hashed when the result was made"
+        checks.append(InputCheck(name=name, path=path, state=state, detail=detail))
         found[name] = FoundInput(place, moments, located.file, equal)
     return tuple(checks), found
 

@@ -76,7 +76,7 @@ def rebuild(lock: Lock, inputs: Mapping[str, FoundInput], out: Path, workers: in
     base = inputs[BASE].path if BASE in inputs else None
     known = {path: digest for found in inputs.values() for path, digest in found.digests.items()}
     if lock.kind == "bake":
-        options = BakeOptions.model_validate(lock.options)
+        options = BakeOptions.model_validate({**lock.options, "hash_base": False})  # of its lock only `outputs` are read
         based = recipe.model_copy(update={"base_model": str(base)})
         run_bake(based, options, out=out, workers=workers, progress=progress, known=known)
         return

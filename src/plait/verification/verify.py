@@ -44,7 +44,7 @@ class Verification(Record):
 
     @property
     def ok(self) -> bool:
-        """Whether everything that was to be checked is equal; an input that cannot be found matters to a rebuild alone."""
+        """Whether everything that can be checked is equal; an input that cannot be found matters to a rebuild alone."""
         return (
             all(f.state == "equal" for f in self.files)
             and all(i.state != "changed" for i in self.inputs)
@@ -107,7 +107,7 @@ def verify_folder(
 
 
 def _obstacle(checks: tuple[InputCheck, ...]) -> str | None:
-    missing = [c.name for c in checks if c.state == "unknown"]
+    missing = [c.name for c in checks if not c.found]
     if missing:
         given = " ".join(f"--input {name}=PATH" for name in missing)
         return f"{', '.join(missing)} cannot be found. Say where: {given}"
