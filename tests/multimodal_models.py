@@ -12,6 +12,8 @@ import transformers
 from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
+from plait.tasks.images import decoded
+from plait.tasks.sounds import samples
 from tests.chat_models import byte_tokenizer
 
 TEXT = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
@@ -27,13 +29,16 @@ _ADDED = {
         "<row_1_col_2>",
     ],
     "llava": ["<image>"],
+    "qwen2_audio": ["<|audio_bos|>", "<|AUDIO|>", "<|audio_eos|>"],
 }
 _MARKS = {"qwen2_vl": "<|vision_start|><|image_pad|><|vision_end|>", "idefics3": "<image>", "llava": "<image>"}
+_MARKS["qwen2_audio"] = "<|audio_bos|><|AUDIO|><|audio_eos|>"
 #: How the tests find modules of language, of what perceives, and between both, to adapt.
 TARGETS = {
     "qwen2_vl": r".*(q_proj|v_proj|visual.*(qkv|fc1|mlp\.[02]))",
     "idefics3": r".*(text_model.*(q_proj|v_proj)|vision_model.*(q_proj|fc1)|connector.*proj)",
     "llava": r".*(language_model.*(q_proj|v_proj)|vision_tower.*(q_proj|fc1)|multi_modal_projector.linear_1)",
+    "qwen2_audio": r".*(language_model.*(q_proj|v_proj)|audio_tower.*(q_proj|fc1)|multi_modal_projector.linear)",
 }
 
 
@@ -67,6 +72,12 @@ def fresh(kind: str) -> Any:
         ids = {f"{name}_token_id": tokens.convert_tokens_to_ids(f"<|{name}_pad|>") for name in ("image", "video")}
         config = transformers.Qwen2VLConfig(text_config=text, vision_config=vision, **ids)
         model = transformers.Qwen2VLForConditionalGeneration(config)
+    elif kind == "qwen2_audio":
+        sound = {"d_model": 16, "encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 24, "num_mel_bins": 8}
+        text["model_type"], sound["max_source_positions"] = "qwen2", 50
+        audio = tokens.convert_tokens_to_ids("<|AUDIO|>")
+        config = transformers.Qwen2AudioConfig(text_config=text, audio_config=sound, audio_token_index=audio)
+        model = transformers.Qwen2AudioForConditionalGeneration(config)
     else:
         vision = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
         vision |= {"image_size": 8, "patch_size": 4}
@@ -103,13 +114,16 @@ def save_base(kind: str, folder: Path) -> Path:
         size = {"size": {"longest_edge": 16}, "max_image_size": {"longest_edge": 8}}
         settings = {"image_processor_type": "Idefics3ImageProcessor", "processor_class": "Idefics3Processor", **size}
         (folder / "processor_config.json").write_text(json.dumps({"processor_class": "Idefics3Processor", "image_seq_len": 1}))
+    elif kind == "qwen2_audio":
+        heard = {"feature_size": 8, "chunk_length": 1, "sampling_rate": 16000}  # one second
+        settings = {"feature_extractor_type": "WhisperFeatureExtractor", "processor_class": "Qwen2AudioProcessor", **heard}
     else:
         size = {"size": {"shortest_edge": 8}, "crop_size": {"height": 8, "width": 8}}
         settings = {"image_processor_type": "CLIPImageProcessor", "processor_class": "LlavaProcessor", **size}
         own = {"patch_size": 4, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
         (folder / "processor_config.json").write_text(json.dumps({"processor_class": "LlavaProcessor", **own}))
     (folder / "preprocessor_config.json").write_text(json.dumps(settings))
-    (folder / "chat_template.jinja").write_text(template(_MARKS[kind]))
+    (folder / "chat_template.jinja").write_text(template(_MARKS[kind], "audio" if kind == "qwen2_audio" else "image"))
     return folder
 
 
@@ -117,3 +131,37 @@ def turns(parts: Sequence[str | None], kind: str = "image") -> list[dict[str, An
     """Return a user's turn as transformers has it, with a file in place of None."""
     content = [{"type": kind} if part is None else {"type": "text", "text": part} for part in parts]
     return [{"role": "user", "content": content}]
+
+
+def prepared(processor: Any, parts: Sequence[str | None], files: Sequence[bytes]) -> tuple[str, dict[str, Any]]:
+    """Return a chat as transformers renders it, and what its processor is given besides."""
+    kind = "image" if hasattr(processor, "image_processor") else "audio"
+    prompt = processor.apply_chat_template(turns(parts, kind), add_generation_prompt=True)
+    if kind == "image":
+        return prompt, {"images": [[*map(decoded, files)]], "return_tensors": "pt"}
+    rate = processor.feature_extractor.sampling_rate
+    return prompt, {"audio": [samples(f, rate) for f in files], "sampling_rate": rate, "return_tensors": "pt"}
+
+
+@torch.no_grad()
+def likelihoods(
+    processor: Any, model: Any, parts: Sequence[str | None], files: Sequence[bytes], labels: Sequence[str], delimiter: str = ""
+) -> list[float]:
+    """Return log p of every label after a chat as transformers has it: the complete text read anew for each."""
+    prompt, files_given = prepared(processor, parts, files)
+    start = processor(text=[prompt], **files_given)["input_ids"].shape[1]
+    found = []
+    for label in labels:
+        given = processor(text=[prompt + delimiter + label], **files_given)
+        scores = model(**given).logits[0, start - 1 : -1].log_softmax(-1)
+        found.append(float(scores.gather(1, given["input_ids"][0, start:, None]).sum()))
+    return found
+
+
+@torch.no_grad()
+def written(processor: Any, model: Any, parts: Sequence[str | None], files: Sequence[bytes], tokens: int) -> str:
+    """Return what a model writes after a chat, greedily, as transformers has it."""
+    prompt, files_given = prepared(processor, parts, files)
+    given = processor(text=[prompt], **files_given)
+    out = model.generate(**given, max_new_tokens=tokens, do_sample=False)[0, given["input_ids"].shape[1] :]
+    return str(processor.tokenizer.decode(out, skip_special_tokens=True))

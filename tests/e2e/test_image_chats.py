@@ -7,7 +7,7 @@ import json
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -31,12 +31,11 @@ from plait.libraries import transformers as library
 from plait.mixture import Mixture
 from plait.notices import PlaitWarning
 from plait.tasks.examples import read_examples
-from plait.tasks.images import decoded
 from plait.tasks.inputs import PLACE
 from plait.tasks.loading import load_task
 from tests.chat_models import save_chat_model
 from tests.command_line import exit_code
-from tests.multimodal_models import TARGETS, fresh, save_base, turns
+from tests.multimodal_models import TARGETS, fresh, likelihoods, save_base, written
 from tests.two_adapters import NAMES, Folder, save_drawn, write_yaml
 
 # PEFT's and torch's own
@@ -121,27 +120,6 @@ def images_read(model: Any) -> Iterator[list[int]]:
     handle.remove()
 
 
-@torch.no_grad()
-def likelihoods(processor: Any, model: Any, parts: Sequence[str | None], images: Sequence[bytes], delimiter: str = "") -> Any:
-    """Return log p of every label after a chat as transformers has it: the complete text read anew for each."""
-    prompt, shown = processor.apply_chat_template(turns(parts), add_generation_prompt=True), [[*map(decoded, images)]]
-    start = processor(text=[prompt], images=shown, return_tensors="pt")["input_ids"].shape[1]
-    found = []
-    for label in LABELS:
-        given = processor(text=[prompt + delimiter + label], images=shown, return_tensors="pt")
-        scores = model(**given).logits[0, start - 1 : -1].log_softmax(-1)
-        found.append(float(scores.gather(1, given["input_ids"][0, start:, None]).sum()))
-    return found
-
-
-@torch.no_grad()
-def spoken(processor: Any, model: Any, parts: Sequence[str | None], images: Sequence[bytes], tokens: int) -> str:
-    prompt = processor.apply_chat_template(turns(parts), add_generation_prompt=True)
-    given = processor(text=[prompt], images=[[*map(decoded, images)]], return_tensors="pt")
-    out = model.generate(**given, max_new_tokens=tokens, do_sample=False)[0, given["input_ids"].shape[1] :]
-    return str(processor.tokenizer.decode(out, skip_special_tokens=True))
-
-
 def asked(world: World, kind: str, model: Any, file: Path, batch_size: int = 3) -> Any:
     examples = read_examples(load_task(file), "test")
     return answer_examples(model, None, examples, processor=world.processor(kind), batch_size=batch_size)
@@ -164,7 +142,8 @@ def test_likelihoods_are_those_of_transformers_with_peft(world: World, tmp_path:
         forms = [model] if name != "merge" else [model, model.merge_and_unload()]
         for plain in forms:
             wanted = [
-                likelihoods(processor, plain, [None, f"Which color, {'ab'[i % 2]}?"], e.images) for i, e in enumerate(examples)
+                likelihoods(processor, plain, [None, f"Which color, {'ab'[i % 2]}?"], e.images, LABELS)
+                for i, e in enumerate(examples)
             ]
             found = torch.tensor([a.scores for a in answers])
             torch.testing.assert_close(found, torch.tensor(wanted), atol=2e-4, rtol=2e-5)
@@ -178,7 +157,7 @@ def test_an_evaluation_is_that_of_peft(world: World, tmp_path: Path, kind: str) 
     """What is generated and what is likeliest, for base, single and merge; the page shows what was seen."""
     files = [
         *world.tasks(kind),
-        write(tmp_path, "written", kind="generation", labels=None, adapter="one", max_new_tokens=5, metric="cer"),
+        write(tmp_path, "free", kind="generation", labels=None, adapter="one", max_new_tokens=5, metric="cer"),
     ]
     found = plait.evaluate(
         world.adapters(kind), tasks=files, base=world.base(kind), weights=[0.5, 0.5], workspace=tmp_path / "kept", batch_size=4
@@ -188,19 +167,19 @@ def test_an_evaluation_is_that_of_peft(world: World, tmp_path: Path, kind: str) 
     for place in (None, world.adapters(kind)["one"], merged):
         model = world.peft(kind, place)
         rows = read_examples(load_task(files[0]), "test").items
-        likeliest = [int(np.argmax(likelihoods(processor, model, [None, e.prompt[0][1][1:]], e.images))) for e in rows]
+        likeliest = [int(np.argmax(likelihoods(processor, model, [None, e.prompt[0][1][1:]], e.images, LABELS))) for e in rows]
         share = float(np.mean([LABELS[i] == e.target for i, e in zip(likeliest, rows, strict=True)]))
-        written = [
-            spoken(processor, model, [None, e.prompt[0][1][1:]], e.images, 5)
+        texts = [
+            written(processor, model, [None, e.prompt[0][1][1:]], e.images, 5)
             for e in read_examples(load_task(files[2]), "test").items
         ]
-        sides.append((share, written))
+        sides.append((share, texts))
     task, generated = found.tasks[0], found.tasks[2]
     assert [task.base, task.single, task.merged] == [share for share, _ in sides]
     for sample in generated.samples:
         i = next(i for i, e in enumerate(read_examples(load_task(files[2]), "test").items) if e.id == sample.id)
-        assert [sample.base, sample.single, sample.merged] == [written[i] for _, written in sides]
-    assert len({text for _, written in sides for text in written}) > 3
+        assert [sample.base, sample.single, sample.merged] == [texts[i] for _, texts in sides]
+    assert len({text for _, texts in sides for text in texts}) > 3
     assert all((sample.image or "").startswith("data:image/jpeg") for sample in generated.samples)
     assert "user: ⟨image of " in generated.samples[0].prompt
     plait.report(next((tmp_path / "kept").rglob("eval_results_*.json")).parent, out=tmp_path / "page.html")
@@ -250,7 +229,7 @@ def test_several_images_are_where_templates_name_them(
         answers = asked(world, kind, acting, file)
     model, processor = world.peft(kind, world.adapters(kind)["one"]), world.processor(kind)
     pictures = [[(tmp_path / row["image"][i]).read_bytes() for i in order] for row in rows]
-    wanted = [likelihoods(processor, model, parts, shown, " ") for shown in pictures]
+    wanted = [likelihoods(processor, model, parts, shown, LABELS, " ") for shown in pictures]
     torch.testing.assert_close(torch.tensor([a.scores for a in answers]), torch.tensor(wanted), atol=2e-4, rtol=2e-5)
 
 
@@ -262,7 +241,7 @@ def test_choices_and_targets_of_rows_are_scored_too(world: World, tmp_path: Path
     )
     model, processor = world.peft("qwen2_vl", world.adapters("qwen2_vl")["one"]), world.processor("qwen2_vl")
     rows = read_examples(load_task(text), "test").items
-    total = sum(likelihoods(processor, model, [None, e.prompt[0][1][1:]], e.images)[LABELS.index(e.target)] for e in rows)
+    total = sum(likelihoods(processor, model, [None, e.prompt[0][1][1:]], e.images, [e.target])[0] for e in rows)
     assert found.tasks[1].single == pytest.approx(np.exp(-total / sum(len(e.target) for e in rows)), rel=1e-4)
     assert found.tasks[0].examples == len(SIZES)
 
@@ -329,12 +308,12 @@ def test_a_base_that_cannot_read_it_is_refused_before_it_is_loaded(
     assert "has no processor of chats with images or sounds" in refused(save_chat_model(tmp_path / "text"))
     base = shutil.copytree(world.base("llava"), tmp_path / "base")
     template = base / "chat_template.jinja"
-    written = template.read_text()
-    template.write_text(written.replace("<image>", ""))
+    kept = template.read_text()
+    template.write_text(kept.replace("<image>", ""))
     assert f"{base}: the chat template has no place for image files" in refused(base)
     template.unlink()
     assert f"{base} has no chat template" in refused(base)
-    template.write_text(written)
+    template.write_text(kept)
     (base / "preprocessor_config.json").write_text("{")
     assert "the processor cannot be loaded: preprocessor_config.json" in refused(base)
 

@@ -411,6 +411,7 @@ def test_every_task_of_the_page_is_one(tmp_path):
         "image_classification",
         "generation",
         "audio_classification",
+        "classification",
         "asr",
         "lm_eval:arc_easy",
     ]

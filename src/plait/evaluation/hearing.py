@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,12 +14,9 @@ from plait.evaluation.heads import logits_of
 from plait.evaluation.model_calls import StepListener, check_numbers
 from plait.hub.pretrained import refuse_failures
 from plait.libraries.transformers import fewest_samples
-from plait.notices import announce
 from plait.tasks.examples import Examples
-from plait.tasks.sounds import sample_count, samples, sound_rate
-
-_EXACT = ("Wav2Vec2FeatureExtractor", "WhisperFeatureExtractor")  # the first cuts nothing, the other what is known
-_SHOWN = 5
+from plait.tasks.hearing import check_longest, rows_named, sample_counts, window
+from plait.tasks.sounds import samples
 
 
 def sound_outputs(
@@ -71,21 +68,6 @@ def heard(model: Any, extractor: Any, examples: Examples, batch_size: int) -> It
             yield batch, given[extractor.model_input_names[0]].to(model.device, model.dtype)
 
 
-def sample_counts(extractor: Any, sounds: Sequence[bytes]) -> list[int]:
-    """Return how many samples a model hears of every sound; other rates than its own are announced.
-
-    Raises:
-        TaskError: whether the extractor cuts sounds is not known.
-    """
-    name, rate = type(extractor).__name__, int(getattr(extractor, "sampling_rate", 0))
-    if name not in _EXACT:
-        raise TaskError(f"{name}: whether it cuts long sounds is not known; covered are {', '.join(_EXACT)}.")
-    if others := sorted({sound_rate(data) for data in sounds} - {rate}):
-        listed = ", ".join(map(str, others))
-        announce(f"sounds of {listed} Hz are resampled to {rate} Hz, which the model hears.", once=f"resampled {rate}")
-    return [sample_count(data, rate) for data in sounds]
-
-
 def sound_inputs(extractor: Any, sounds: Sequence[bytes], **keywords: Any) -> Mapping[str, Tensor]:
     """Return a model's inputs of sounds by their names, as the extractor makes them.
 
@@ -105,12 +87,6 @@ def sound_inputs(extractor: Any, sounds: Sequence[bytes], **keywords: Any) -> Ma
     return given
 
 
-def window(extractor: Any) -> int | None:
-    """Return how many samples a model hears of every sound, filled up with silence; None where of each as many as it has."""
-    found: int | None = getattr(extractor, "n_samples", None)
-    return found
-
-
 def check_lengths(model: Any, extractor: Any, examples: Examples, counts: Sequence[int]) -> None:
     """Refuse sounds that the model would cut, or cannot hear.
 
@@ -123,24 +99,11 @@ def check_lengths(model: Any, extractor: Any, examples: Examples, counts: Sequen
     Raises:
         TaskError: one is too long or too short.
     """
-    most, least, rate = window(extractor), fewest_samples(model), int(extractor.sampling_rate)
-    long, short = [i for i, n in enumerate(counts) if most and n > most], [i for i, n in enumerate(counts) if n < least]
-    if long:
-        named = _named(examples, long, lambda i: f"{counts[i] / rate:.1f} seconds")
-        raise TaskError(
-            f"{len(long)} of {len(counts)} sounds are longer than the {(most or 0) / rate:g} seconds that the model hears "
-            f"({named}); nothing is cut in silence. Cut them, or leave them out."
-        )
-    if short:
-        named = _named(examples, short, lambda i: f"{counts[i]} samples")
+    check_longest(extractor, examples, counts)
+    least, rate = fewest_samples(model), int(extractor.sampling_rate)
+    if short := [i for i, n in enumerate(counts) if n < least]:
+        named = rows_named(examples, short, lambda i: f"{counts[i]} samples")
         raise TaskError(
             f"{len(short)} of {len(counts)} sounds are shorter than the {least} samples that the model's convolutions need "
             f"at {rate} Hz ({named}); leave them out."
         )
-
-
-def _named(examples: Examples, which: Sequence[int], say: Callable[[int], str]) -> str:
-    """Return the first of some examples by their rows, and what is to be named of each."""
-    rows = range(len(examples.items)) if examples.rows is None else examples.rows
-    more = f", and {len(which) - _SHOWN} more" if len(which) > _SHOWN else ""
-    return f"split {examples.split!r}: " + ", ".join(f"row {rows[i]} has {say(i)}" for i in which[:_SHOWN]) + more

@@ -24,6 +24,7 @@ from plait.mixture import Mixture
 from plait.notices import announce
 from plait.results.progress import Progress
 from plait.tasks.asking import ClassPrompts, Transcribed
+from plait.tasks.examples import Examples
 from plait.tasks.inputs import FileKind
 from plait.tasks.perceiving import ChatProcessor
 from plait.tasks.schema import Task
@@ -87,15 +88,16 @@ class LoadedBase:
         tokenizer = self.tokenizer if isinstance(task.ask, (ClassPrompts, Transcribed)) else None
         return Readers(tokenizer, self.mixture.processor(column.kind))
 
-    def check(self, task: Task) -> None:
-        """Make sure, before the model is loaded, that it can read a task's chats with images or sounds.
+    def check(self, examples: Examples) -> None:
+        """Make sure, before the model is loaded, that it can read chats with images or sounds.
 
         Raises:
             TaskError: it cannot.
         """
+        task = examples.task
         column = getattr(task, "file_column", None)
         if column is not None and getattr(task, "messages", None) is not None:
-            ChatProcessor(self._chat_processor(column.kind), column.kind, task.where)
+            ChatProcessor(self._chat_processor(column.kind), column.kind, task.where).check(examples)
 
     def _chat_processor(self, kind: FileKind) -> Any:
         if self._chats is None:

@@ -152,7 +152,7 @@ class Evaluator:
         self.options = replace(options, load=load)
         live = LoadedBase(place.folder, everyone, load, progress)
         for entry in self.tasks:
-            live.check(entry.task)
+            live.check(entry.examples)
         cache = ScoreCache(None if options.workspace is None else options.workspace / SCORES)
         self.session = AnswerSession(
             live, key, self.singles, self.tasks, spec, (load.dtype, device), cache, progress, self.elsewhere

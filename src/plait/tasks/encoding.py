@@ -191,7 +191,10 @@ class PromptEncoder:
         Raises:
             TaskError: an answer has no tokens.
         """
-        files = [e.files for e in examples.items] if self._chats is not None else ()
+        files: Sequence[Sequence[bytes]] = ()
+        if self._chats is not None:
+            self._chats.check(examples)
+            files = [e.files for e in examples.items]
         return self.encode([e.prompt for e in examples.items], answers, files)
 
     def question(self, prompt: Prompt, answers: Sequence[str]) -> Question:

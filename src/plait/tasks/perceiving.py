@@ -8,6 +8,8 @@ from typing import Any
 from plait.errors import TaskError
 from plait.hub.pretrained import refuse_failures
 from plait.tasks.chat import chat_text, template_name
+from plait.tasks.examples import Examples
+from plait.tasks.hearing import check_longest, sample_counts
 from plait.tasks.images import decoded
 from plait.tasks.inputs import PLACE, FileKind, Messages
 from plait.tasks.sounds import samples
@@ -64,6 +66,16 @@ class ChatProcessor:
             )
         self.part = part
         self._check_template()
+
+    def check(self, examples: Examples) -> None:
+        """Make sure that the processor cuts none of the sounds.
+
+        Raises:
+            TaskError: one is longer than what the model hears, or whether it is cut is not known.
+        """
+        if self._kind == "audio":
+            counts = [max(sample_counts(self.part, e.sounds)) for e in examples.items]
+            check_longest(self.part, examples, counts)
 
     def text(self, messages: Messages) -> str:
         """Return chat turns as the model reads them, up to where the answer begins, with its own mark for every file."""
