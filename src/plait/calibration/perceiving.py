@@ -16,6 +16,7 @@ from plait.evaluation import hearing, vision
 from plait.evaluation.transcribing import beginning, transcript_tokens, writer_of, written
 from plait.mixture import Mixture
 from plait.tasks.asking import ClassPrompts, Transcribed
+from plait.tasks.hearing import sample_counts
 
 _BATCH = 16  # images or sounds at a time
 
@@ -41,7 +42,7 @@ def check_perceived(mixture: Mixture, texts: Texts, *, answered: bool = False, r
     task = texts.task
     processor = _processor(mixture, texts)
     if any(e.audio is not None for e in texts.examples.items):
-        counts = hearing.sample_counts(processor, [e.audio or b"" for e in texts.examples.items])
+        counts = sample_counts(processor, [e.audio or b"" for e in texts.examples.items])
         hearing.check_lengths(model, processor, texts.examples, counts)
     if isinstance(task.ask, ClassPrompts):
         vision.class_texts(model, mixture.tokenizer, task.ask.texts)
