@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
 
+import jiwer
 import numpy as np
 import pytest
 import torch
@@ -21,12 +23,14 @@ from plait.mixture import Mixture
 from plait.notices import PlaitWarning, forget_announcements
 from plait.tasks.examples import read_examples
 from plait.tasks.loading import load_task
+from plait.tasks.normalizing import normalizer
+from plait.tasks.sounds import waveform
 from tests.command_line import exit_code
 from tests.e2e.test_audio_tasks import sound
 from tests.multimodal_models import TARGETS, fresh, likelihoods, save_base, written
 from tests.two_adapters import NAMES, save_drawn, write_yaml
 
-pytest.importorskip("soundfile")
+soundfile = pytest.importorskip("soundfile")
 # PEFT's and torch's own
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
 LABELS = ["play", "player", "b", "stop"]
@@ -101,7 +105,8 @@ def test_an_evaluation_is_that_of_peft(world: World, tmp_path: Path) -> None:
     """What is written and what is likeliest, for base, single and merge."""
     free = write(tmp_path, "free", kind="generation", labels=None, adapter="one", max_new_tokens=5, metric="wer")
     files = [*world.tasks, free]
-    found = plait.evaluate(world.adapters, tasks=files, base=world.base, weights=[0.5, 0.5], workspace=None, batch_size=4)
+    settings: dict[str, Any] = {"weights": [0.5, 0.5], "workspace": tmp_path / "kept", "batch_size": 4}
+    found = plait.evaluate(world.adapters, tasks=files, base=world.base, **settings)
     merged = plait.merge(world.adapters, weights=[0.5, 0.5], out=tmp_path / "out").folder
     rows, asked = (read_examples(load_task(file), "test").items for file in (files[0], free))
     sides = []
@@ -117,6 +122,36 @@ def test_an_evaluation_is_that_of_peft(world: World, tmp_path: Path) -> None:
         assert [sample.base, sample.single, sample.merged] == [texts[i] for _, texts in sides]
     assert len({text for _, texts in sides for text in texts}) > 3
     assert "⟨audio of 0.3 seconds, 16000 Hz WAV" in generated.samples[0].prompt
+    plait.report(next((tmp_path / "kept").rglob("eval_results_*.json")).parent, out=tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    assert page.count('<svg class="wave"') == sum(len(task.samples) for task in found.tasks)
+    assert f"<pre>{generated.samples[0].prompt}</pre>" in page
+
+
+def test_a_waveform_is_how_loud_a_sound_is_from_part_to_part() -> None:
+    stream, samples = io.BytesIO(), np.zeros(9600)
+    samples[4800:], samples[-1] = 0.25, -0.5
+    soundfile.write(stream, samples, 16000, format="WAV")
+    assert waveform(stream.getvalue()) == (*[0.0] * 48, *[0.25] * 47, 0.5)
+
+
+def test_transcripts_are_asked_by_a_chat(world: World, tmp_path: Path) -> None:
+    """What the kind is for: Whisper's normalizers, and errors per word over all rows."""
+    asks = {"kind": "asr", "labels": None, "max_new_tokens": 6, "normalize": "whisper_basic", "metric": "cer"}
+    file = write(tmp_path, "one", **asks)
+    found = plait.evaluate({"one": world.adapters["one"]}, tasks=[file], base=world.base, workspace=None).tasks[0]
+    model, rows = world.peft(world.adapters["one"]), read_examples(load_task(file), "test").items
+    texts = [written(world.processor, model, [f"{'ab'[i % 2]} ", None, "?"], e.sounds, 6) for i, e in enumerate(rows)]
+    clean = normalizer(["whisper_basic"])
+    assert found.single == pytest.approx(jiwer.cer([clean(e.target) for e in rows], [clean(text) for text in texts]))
+    for changes, why in (
+        ({"max_new_tokens": None}, "'max_new_tokens' is missing"),
+        ({"language": "fr"}, "'language' is for Whisper"),
+        ({"beams": 2}, "'beams' has no place"),
+        ({"messages": [{"role": "system", "content": "x"}]}, "needs a turn of the user"),
+    ):
+        with pytest.raises(TaskError, match=why):
+            load_task(write(tmp_path, "one", **{**asks, **changes}))
 
 
 def test_sounds_are_resampled_and_this_is_announced(world: World, tmp_path: Path) -> None:

@@ -183,7 +183,9 @@ def test_an_evaluation_is_that_of_peft(world: World, tmp_path: Path, kind: str) 
     assert all((sample.image or "").startswith("data:image/jpeg") for sample in generated.samples)
     assert "user: ⟨image of " in generated.samples[0].prompt
     plait.report(next((tmp_path / "kept").rglob("eval_results_*.json")).parent, out=tmp_path / "page.html")
-    assert generated.samples[0].image in (tmp_path / "page.html").read_text()
+    page = (tmp_path / "page.html").read_text()
+    assert generated.samples[0].image in page
+    assert f"<pre>{generated.samples[0].prompt}</pre>" in page
 
 
 def unknown(_: Any) -> None:

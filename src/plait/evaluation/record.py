@@ -30,6 +30,7 @@ class Sample(Record):
         single: of the task's own adapter; None where there is none.
         merged: of what is evaluated.
         image: what was shown, as a small JPEG in a `data:` address; None where nothing was.
+        waveforms: of every sound that was heard, how loud it is in equal parts, 0 to 1.
         judged: whether an answer is right or wrong; numbers and transcripts are not.
     """
 
@@ -40,6 +41,7 @@ class Sample(Record):
     single: str | None
     merged: str | None
     image: Annotated[str | None, Field(pattern=r"^data:image/jpeg;base64,[A-Za-z0-9+/=]*$")] = None
+    waveforms: tuple[tuple[Annotated[float, Field(ge=0, le=1)], ...], ...] = ()
     judged: bool = True
 
 

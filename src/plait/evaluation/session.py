@@ -28,7 +28,7 @@ from plait.tasks.images import thumbnail
 from plait.tasks.inputs import Example
 from plait.tasks.metrics import metric_of
 from plait.tasks.schema import Task
-from plait.tasks.sounds import shown_prompt
+from plait.tasks.sounds import shown_prompt, waveform
 
 _SAMPLES = 5
 _MOST_LABELS = 20  # of a table with a row and a column for each
@@ -399,6 +399,7 @@ def _samples(
             single=None if alone is None else alone[i].given,
             merged=merged[i].given,
             image=thumbnail(images) if (images := items[i].images) else None,
+            waveforms=tuple(map(waveform, items[i].sounds)),
             judged=judged,
         )
         for i in order

@@ -274,33 +274,7 @@ class PromptedTask(RowTask):
 
     def inputs_of(self) -> InputMaker:
         """Return what makes an example's text or chat turns of every row, with its images or sounds."""
-        if self.messages is None:
-            return super().inputs_of()
-        roles = [m.role for m in self.messages]
-        turns = [Compiled(m.content, f"{self.where}: messages") for m in self.messages]
-        column = self.file_column
-        if column is None:
-            return lambda rows: combine_texts(turns, rows, lambda texts: inputs_of(tuple(zip(roles, texts, strict=True))))
-
-        def with_files(rows: Sequence[Row]) -> list[Inputs | TaskError]:
-            files = [files_of(row, column, self.where) for row in rows]
-            shown = [marked(row, column, found) for row, found in zip(rows, files, strict=True)]
-            texts = combine_texts(turns, shown, lambda texts: texts)
-            return [self._placed(roles, *pair, column) for pair in zip(texts, files, strict=True)]
-
-        return with_files
-
-    def _placed(
-        self,
-        roles: Sequence[str],
-        texts: tuple[str, ...] | TaskError,
-        files: tuple[bytes, ...] | TaskError,
-        column: FileColumn,
-    ) -> Inputs | TaskError:
-        if isinstance(files, TaskError):
-            return files
-        found = texts if isinstance(texts, TaskError) else placed(roles, texts, column, files)
-        return TaskError(f"{self.where}: messages: {found}") if isinstance(found, TaskError) and found is not texts else found
+        return super().inputs_of() if self.messages is None else chat_inputs(self.messages, self.file_column, self.where)
 
 
 class RankedTask(PromptedTask):
@@ -385,6 +359,36 @@ def combine_texts(
         errors = [text for text in texts if isinstance(text, TaskError)]
         found.append(errors[0] if errors else make(tuple(text for text in texts if isinstance(text, str))))
     return found
+
+
+def chat_inputs(messages: Sequence[Message], column: FileColumn | None, where: str) -> InputMaker:
+    """Return what makes chat turns of every row.
+
+    Args:
+        messages: the turns' templates.
+        column: with images or sounds among them; None where there are none.
+        where: what messages call the task.
+    """
+    roles = [m.role for m in messages]
+    turns = [Compiled(m.content, f"{where}: messages") for m in messages]
+    if column is None:
+        return lambda rows: combine_texts(turns, rows, lambda texts: inputs_of(tuple(zip(roles, texts, strict=True))))
+
+    def with_files(rows: Sequence[Row]) -> list[Inputs | TaskError]:
+        files = [files_of(row, column, where) for row in rows]
+        shown = [marked(row, column, found) for row, found in zip(rows, files, strict=True)]
+        texts = combine_texts(turns, shown, lambda texts: texts)
+        return [together(*pair) for pair in zip(texts, files, strict=True)]
+
+    def together(texts: tuple[str, ...] | TaskError, files: tuple[bytes, ...] | TaskError) -> Inputs | TaskError:
+        if isinstance(files, TaskError):
+            return files
+        if isinstance(texts, TaskError):
+            return texts
+        found = placed(roles, texts, column, files)
+        return TaskError(f"{where}: messages: {found}") if isinstance(found, TaskError) else found
+
+    return with_files
 
 
 def _check_kind(offered: object) -> None:

@@ -10,11 +10,11 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from plait.errors import TaskError
-from plait.tasks.asking import SpeechTask, Transcribed
+from plait.tasks.asking import Generated, SpeechTask, Transcribed
 from plait.tasks.heard import HeardTask
 from plait.tasks.inputs import Inputs, Row, content_digest
 from plait.tasks.normalizing import SpeechNormalization, check_reference, normalizer, read_spellings
-from plait.tasks.schema import InputMaker, TemplateText, kind
+from plait.tasks.schema import InputMaker, Message, TemplateText, chat_inputs, kind
 from plait.tasks.templates import Template as Compiled
 
 _OWN = {"whisper_basic", "whisper_english"}
@@ -33,6 +33,10 @@ class Asr(HeardTask):
     metric: str = "wer"
     prompt: Annotated[
         TemplateText | None, Field(description="Jinja2 template of the text that Whisper takes as what was spoken before.")
+    ] = None
+    messages: Annotated[
+        tuple[Message, ...] | None,
+        Field(min_length=1, description="Chat turns with the sound, for audio-language models, through their chat template."),
     ] = None
     target: Annotated[TemplateText, Field(description="Jinja2 template of the transcript.")] = "{{ text }}"
     language: Annotated[
@@ -63,13 +67,31 @@ class Asr(HeardTask):
             raise ValueError("'spellings' belongs to 'normalize: whisper_english'")
         return self
 
+    @model_validator(mode="after")
+    def _chat_or_whisper(self) -> Asr:
+        if self.messages is None:
+            return self
+        if "user" not in [m.role for m in self.messages]:
+            raise ValueError("'messages' needs a turn of the user, in which the sound is")
+        if given := [key for key in ("prompt", "language", "task") if getattr(self, key) is not None]:
+            raise ValueError(f"{given[0]!r} is for Whisper; 'messages' ask for it in words")
+        if self.beams > 1:
+            raise ValueError("'beams' has no place with 'messages': their answers are greedy")
+        if self.max_new_tokens is None:
+            raise ValueError("'max_new_tokens' is missing: with 'messages' nothing else limits a transcript")
+        return self
+
     @property
-    def ask(self) -> Transcribed:
+    def ask(self) -> Transcribed | Generated:
         """How answers are asked of a model."""
+        if self.messages is not None and self.max_new_tokens is not None:
+            return Generated(self.max_new_tokens)
         return Transcribed(self.language, self.task, self.max_new_tokens, self.beams)
 
     def inputs_of(self) -> InputMaker:
-        """Return the sound of every row, and what was spoken before it where there is a prompt."""
+        """Return the sound of every row, and what was spoken before it where there is a prompt; or chat turns with it."""
+        if self.messages is not None:
+            return chat_inputs(self.messages, self.file_column, self.where)
         sounds = super().inputs_of()
         if self.prompt is None:
             return sounds
