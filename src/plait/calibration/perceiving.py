@@ -62,7 +62,8 @@ def check_perceived(mixture: Mixture, texts: Texts, *, answered: bool = False, r
         return
     first = _beginnings(mixture, texts)
     for example, text in zip(texts.examples.items, right or (), strict=right is not None):
-        _check_places(model, [*first[example.text or ""], *transcript_tokens(model, mixture.tokenizer, text, 0)])
+        lead = first[example.text or ""]
+        _check_places(model, [*lead, *transcript_tokens(model, mixture.tokenizer, text, lead[-1])])
 
 
 def perceived_passages(
