@@ -197,6 +197,8 @@ def test_a_reference_cannot_be_made_of_what_cannot_be_written(fields):
         ("./runs/code/final", "code-final"),
         ("./runs/code/../maths", "maths"),
         ("./runs/code/adapter/", "code-adapter"),
+        ("./trained/phases/code/adapter/", "code"),
+        ("./phases/code/adapter/checkpoint-9", "code-adapter-checkpoint-9"),
         (".", "place"),
         ("./final", "place-final"),
         ("~/a/b", "b"),

@@ -105,7 +105,7 @@ class Reference(Record):
 
         A last part that identifies nothing (`checkpoint-123`, `final`, `adapter`, …) keeps the part before it:
         `org/repo/checkpoint-123` is `repo-checkpoint-123`; `style.safetensors` is `style`. In `artifacts/<task>/adapters/…`
-        it is the task.
+        it is the task, and in `phases/<name>/adapter`, where `plait train` writes one, the phase.
 
         Args:
             base: the folder that a relative `path` starts from; the working directory when absent.

@@ -17,6 +17,8 @@ from plait.notices import announce
 from plait.parsing import read_object
 
 ARTIFACTS, ADAPTERS, REGISTRY = "artifacts", "adapters", "runs_registry.json"
+#: Where `plait train` writes adapters: `phases/<name>/adapter`.
+PHASES, ADAPTER = "phases", "adapter"
 _SHOWN = 6
 
 
@@ -43,7 +45,9 @@ def task_adapter(task: str, base: Path | None = None) -> Path | None:
 
 
 def task_of(parts: list[str]) -> str | None:
-    """Return the task whose adapter a path leads to, by the names of its folders; None for any other path."""
+    """Return the task, or phase of `plait train`, whose adapter a path leads to, by its folders' names; else None."""
+    if len(parts) > 2 and (parts[-3], parts[-1]) == (PHASES, ADAPTER):
+        return parts[-2]
     places = [i for i in range(len(parts) - 3) if parts[i] == ARTIFACTS and parts[i + 2] == ADAPTERS]
     return parts[places[-1] + 1] if places else None
 

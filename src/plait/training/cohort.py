@@ -27,13 +27,14 @@ from plait.cluster.connection import check_address
 from plait.errors import OutputError, RecipeError
 from plait.evaluation.pipeline import EvaluateOptions
 from plait.extras import require
+from plait.hub.task_adapters import ADAPTER, PHASES
 from plait.results.locking import locked
 from plait.results.progress import Progress, SilentProgress, progress_of_part
 from plait.results.records import read_earlier
 from plait.results.writing import write_json_atomic
 from plait.training.estimate import estimate
-from plait.training.job import ADAPTER, PACKAGES
-from plait.training.phases import PHASES, PlannedPhase, TrainingPlan
+from plait.training.job import PACKAGES
+from plait.training.phases import PlannedPhase, TrainingPlan
 from plait.training.post_training import merge_and_report
 from plait.training.preflight import ResolvedPhase, move_outdated, resolve_phases, with_folder_state
 from plait.training.processes import run_in_processes

@@ -13,6 +13,7 @@ from pathlib import Path
 from plait.errors import OutputError, RecipeError, listed
 from plait.extras import optional
 from plait.folders import entries, file_in
+from plait.hub.task_adapters import ADAPTER
 from plait.notices import announce
 from plait.parsing import read_object, shown
 from plait.results.checks import check_files
@@ -21,7 +22,7 @@ from plait.results.locking import lock_holder, locked
 from plait.results.records import read_earlier
 from plait.results.staging import output_problem, place_problem
 from plait.results.writing import write_json_atomic
-from plait.training.job import ADAPTER, FINAL_MODEL, ResolvedJob, TrainingRecord
+from plait.training.job import FINAL_MODEL, ResolvedJob, TrainingRecord
 
 TRAINING_RECORD = "training.json"
 MERGED_MODEL = "merged_model"

@@ -31,7 +31,6 @@ TrainingKind = Literal["causal", "sequence_classification", "image_classificatio
 #: What training needs, and what comes after it: a template of chats, an evaluation, a report.
 PACKAGES = ("trl", "transformers", "peft", "datasets", "accelerate", "jinja2")
 
-ADAPTER = "adapter"
 FINAL_MODEL = "final_model"
 
 #: Arguments of the trainer that change how a run is logged, kept or spread over processes, not what it learns.

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from plait.errors import RecipeError, did_you_mean, join_words
+from plait.hub.task_adapters import ADAPTER, PHASES
 from plait.recipes.evaluation import EvalSpec
 from plait.recipes.problems import Origins, Problem
 from plait.recipes.schema import Recipe, Weight
@@ -21,9 +22,9 @@ from plait.records import Record, ShortRepr
 from plait.tasks.schema import Task
 from plait.training.data import TrainingData
 from plait.training.encoding import LongExamples
-from plait.training.job import ADAPTER, LoraSettings, TrainingJob
+from plait.training.job import LoraSettings, TrainingJob
 
-PHASES, LOGS = "phases", "logs"
+LOGS = "logs"
 
 
 class Phase(Record):

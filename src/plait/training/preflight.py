@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 from plait.errors import OutputError, PlaitError, collect
 from plait.extras import require
 from plait.hub.download import resolve_model
+from plait.hub.task_adapters import PHASES
 from plait.libraries.transformers import silence
 from plait.parsing import read_object
 from plait.reports.losses import CURVES
@@ -26,7 +27,7 @@ from plait.training.encoding import EncodedSplits
 from plait.training.folder import TRAINING_RECORD, finished, folder_problem, last_checkpoint, named_checkpoint
 from plait.training.job import PACKAGES, ResolvedJob, TrainingRecord, resolve_job
 from plait.training.kinds import KINDS
-from plait.training.phases import LOGS, PHASES, PlannedPhase, TrainingPlan
+from plait.training.phases import LOGS, PlannedPhase, TrainingPlan
 from plait.training.post_training import EVALUATION, MERGED, RECIPE, REPORT
 from plait.training.results import RESULT
 

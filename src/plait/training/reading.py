@@ -13,6 +13,7 @@ from typing import Any
 from plait.errors import AddressError, PlaitError, RecipeError, join_words
 from plait.folders import expanded, one_file
 from plait.hub.references import parse_reference
+from plait.hub.task_adapters import ADAPTER, PHASES
 from plait.methods import METHODS
 from plait.recipes.documents import YamlDocument, open_document
 from plait.recipes.loading import plain_data
@@ -26,8 +27,8 @@ from plait.tasks.loading import load_task
 from plait.tasks.schema import Task
 from plait.training.classification import MAX_LENGTH
 from plait.training.data import TrainingData, is_local, training_problem
-from plait.training.job import ADAPTER, FILE_ARGUMENTS, TrainingJob, TrainingKind
-from plait.training.phases import PHASES, Phase, Phases, PlannedPhase, TrainingPlan, phase_seed
+from plait.training.job import FILE_ARGUMENTS, TrainingJob, TrainingKind
+from plait.training.phases import Phase, Phases, PlannedPhase, TrainingPlan, phase_seed
 
 #: Arguments of phases unless the file has others: a killed run loses a tenth at most; the curve has fifty points.
 _ARGUMENTS = {

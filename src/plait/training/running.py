@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from plait.errors import OutputError, PlaitError, PlanError
 from plait.extras import optional
+from plait.hub.task_adapters import ADAPTER
 from plait.libraries.transformers import CheckpointError, report_steps, take_steps
 from plait.results.disk import full_disk
 from plait.results.progress import Progress
@@ -28,7 +29,7 @@ from plait.training.folder import (
     open_folder,
     result_problem,
 )
-from plait.training.job import ADAPTER, FINAL_MODEL, ResolvedJob, TrainingJob, TrainingRecord, resolve_job
+from plait.training.job import FINAL_MODEL, ResolvedJob, TrainingJob, TrainingRecord, resolve_job
 from plait.training.kinds import KINDS
 from plait.training.provenance import write_provenance
 from plait.version import __version__

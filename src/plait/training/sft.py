@@ -17,6 +17,7 @@ from typing import TypeVar
 from plait.baking.pipeline import run_bake
 from plait.checkpoints.checkpoint import BaseCheckpoint
 from plait.errors import OutputError, PlaitError, RecipeError, collect
+from plait.hub.task_adapters import ADAPTER
 from plait.recipes.request import read_request
 from plait.records import ShortRepr
 from plait.results.checks import is_complete
@@ -30,7 +31,7 @@ from plait.training.checks import flag_problems, hub_push_problem, hub_token
 from plait.training.estimate import Estimate, estimate
 from plait.training.folder import MERGED_MODEL, folder_problem, is_main_process, result_problem
 from plait.training.formats import PlainText
-from plait.training.job import ADAPTER, FINAL_MODEL, TrainingJob, TrainingRecord
+from plait.training.job import FINAL_MODEL, TrainingJob, TrainingRecord
 from plait.training.phases import PlannedPhase
 from plait.training.preflight import ResolvedPhase, resolve_phase
 from plait.training.running import train_in_folder
