@@ -25,16 +25,21 @@ from plait import notices
 from plait.adapters.adapter import Adapter
 from plait.errors import TaskError
 from plait.evaluation import readers
+from plait.evaluation.model_calls import perceived_of
 from plait.evaluation.scoring import answer_examples
 from plait.hub.pretrained import load_chat_processor
 from plait.libraries import transformers as library
 from plait.mixture import Mixture
 from plait.notices import PlaitWarning
+from plait.tasks import perceiving
+from plait.tasks.encoding import Question
 from plait.tasks.examples import read_examples
 from plait.tasks.inputs import PLACE
 from plait.tasks.loading import load_task
+from plait.tasks.perceiving import Perceived
 from tests.chat_models import save_chat_model
 from tests.command_line import exit_code
+from tests.language_models import language_model
 from tests.multimodal_models import TARGETS, fresh, likelihoods, save_base, written
 from tests.two_adapters import NAMES, Folder, save_drawn, write_yaml
 
@@ -328,6 +333,22 @@ def test_a_processor_of_another_model_is_refused(world: World, tmp_path: Path) -
         file = write(tmp_path, "one", **kind)
         with pytest.raises(TaskError, match="the two do not belong together"):
             plait.evaluate({"one": world.adapters("llava")["one"]}, tasks=[file], base=base, workspace=None)
+
+
+def test_a_forward_is_given_what_it_names(world: World) -> None:
+    """Some tokenizers give a value per token that their model does not take; pixels that a model does not take are an error."""
+    tensors = {"token_type_ids": torch.zeros(1, 3, dtype=torch.long), "pixel_values": torch.zeros(1, 3, 8, 8)}
+    question = Question([1, 2, 3], [], perceived=Perceived(dict, tensors, kept=True))
+    assert [*perceived_of([question], fresh("llava"))] == ["pixel_values"]
+    with pytest.raises(TaskError, match="LlamaForCausalLM reads texts alone: it takes no 'pixel_values'"):
+        perceived_of([question], language_model())
+
+
+def test_what_is_not_kept_is_made_again(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    with world.live("qwen2_vl").active({"one": 1.0}) as acting:
+        kept = asked(world, "qwen2_vl", acting, world.tasks("qwen2_vl")[0])
+        monkeypatch.setattr(perceiving, "_ROOM", 10_000)
+        assert asked(world, "qwen2_vl", acting, world.tasks("qwen2_vl")[0]) == kept
 
 
 def test_a_missing_package_is_named(world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

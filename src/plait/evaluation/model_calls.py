@@ -106,7 +106,10 @@ def perceived_of(questions: Sequence[Question], model: Any, width: int | None = 
     """
     given = [q.perceived.tensors() for q in questions if q.perceived is not None]
     takes, found = library.forward_parameters(model), dict[str, Tensor]()
-    for name in given[0] if given else ():
+    names = [
+        name for name in (given[0] if given else ()) if name in takes or name not in _PER_TOKEN
+    ]  # not every model has these
+    for name in names:
         parts = [one[name] for one in given]
         if width is not None and name in _PER_TOKEN:
             parts = [torch.nn.functional.pad(part, (0, width - part.shape[1])) for part in parts]

@@ -340,21 +340,39 @@ def pil_backend() -> dict[str, Any]:
     return {"backend": "pil"} if find_spec("transformers.image_processing_backends") is not None else {"use_fast": False}
 
 
+class _NoVideos:
+    """What loads a processor's part for videos."""
+
+    @staticmethod
+    def from_pretrained(*_: Any, **__: Any) -> None:
+        """Load nothing."""
+
+
 @contextmanager
 def without_videos() -> Iterator[None]:
     """Let processors of transformers be loaded without their part for videos, which needs torchvision, inside the block."""
-    auto = import_module("transformers.models.auto.video_processing_auto").AutoVideoProcessor
-    mixin = import_module("transformers.processing_utils").ProcessorMixin
-    loads, checks = auto.__dict__["from_pretrained"], mixin.check_argument_for_proper_class
+    processing = import_module("transformers.processing_utils")
+    mixin, name = processing.ProcessorMixin, "AutoVideoProcessor"
+    checks = mixin.check_argument_for_proper_class
 
-    def check(processor: Any, name: str, part: Any) -> Any:
-        return None if part is None and name == "video_processor" else checks(processor, name, part)
+    def check(processor: Any, argument: str, part: Any) -> Any:
+        return None if part is None and argument == "video_processor" else checks(processor, argument, part)
 
-    auto.from_pretrained, mixin.check_argument_for_proper_class = staticmethod(lambda *_, **__: None), check
+    # where releases since version 5, and those before, look for it
+    homes = (import_module("transformers.models.auto.video_processing_auto"), processing.transformers_module)
+    before = [vars(home).get(name) for home in homes]
+    mixin.check_argument_for_proper_class = check
+    for home in homes:
+        setattr(home, name, _NoVideos)
     try:
         yield
     finally:
-        auto.from_pretrained, mixin.check_argument_for_proper_class = loads, checks
+        mixin.check_argument_for_proper_class = checks
+        for home, own in zip(homes, before, strict=True):
+            if own is None:
+                delattr(home, name)
+            else:
+                setattr(home, name, own)
 
 
 _MULTIMODAL = (  # before version 5 those that hear are among the encoder-decoder models
