@@ -28,6 +28,7 @@ def generate(
     stop: Sequence[str],
     batch_size: int,
     report: Callable[[int], object] = lambda done: None,
+    unfinished: Callable[[int], object] = lambda count: None,
 ) -> list[str]:
     """Return the greedy answer to every prompt, without special tokens, cut at the first stop text.
 
@@ -39,14 +40,16 @@ def generate(
         stop: texts at which an answer ends.
         batch_size: prompts answered at a time.
         report: called with the number of prompts finished since it was last called.
+        unfinished: called with the number of answers that came to no end.
 
     Raises:
         TaskError: a prompt and its answer may be longer than the model's context.
     """
-    answers = [""] * len(questions)
+    answers, ends = [""] * len(questions), end_tokens(model, tokenizer)
     for batch, tokens in _answered(model, tokenizer, questions, max_new_tokens, stop, batch_size):
         for i, text in zip(batch, tokenizer.batch_decode(tokens, skip_special_tokens=True), strict=True):
             answers[i] = text[: min((at for s in stop if (at := text.find(s)) >= 0), default=len(text))]
+        unfinished(sum(ends.isdisjoint(row) for row in tokens.tolist()))
         report(len(batch))
     return answers
 

@@ -14,7 +14,7 @@ from plait.evaluation.heads import head_outputs, text_vectors, word_labels
 from plait.evaluation.hearing import sound_outputs
 from plait.evaluation.likelihood import log_likelihoods
 from plait.evaluation.model_calls import StepListener, vocabulary
-from plait.evaluation.transcribing import transcripts
+from plait.evaluation.transcribing import announce_cut, transcripts
 from plait.evaluation.vision import class_likeness, image_outputs
 from plait.tasks.answers import Answer
 from plait.tasks.asking import (
@@ -66,10 +66,15 @@ def answer_examples(
             f"task {task.name!r} ({task.kind}) asks for texts, but {type(model).__name__} generates none; kinds that suit it "
             "are 'sequence_classification', 'token_classification', 'regression' and 'sentence_similarity'."
         )
-    if (way := _CONTINUING.get(type(ask))) is not None:
+    if isinstance(ask, (Choices, Generated, TargetLikelihood)):
         apart, size = bool(model.config.is_encoder_decoder), vocabulary(model)
         encoder = PromptEncoder(tokenizer, task, encoder_decoder=apart, vocabulary=size, processor=processor)
-        return way(model, encoder, examples, ask, batch_size, report)
+        match ask:
+            case Choices():
+                return _choose(model, encoder, examples, ask, batch_size, report)
+            case Generated():
+                return _generate(model, encoder, examples, ask, batch_size, report, contender)
+        return _score_target(model, encoder, examples, batch_size, report)
     if any(e.image is not None for e in examples.items):
         return _see(model, tokenizer, processor, examples, batch_size=batch_size, report=report)
     if any(e.audio is not None for e in examples.items):
@@ -126,8 +131,15 @@ def _blank_scores(
 
 
 def _generate(
-    model: Any, encoder: PromptEncoder, examples: Examples, ask: Generated, batch_size: int, report: StepListener
+    model: Any,
+    encoder: PromptEncoder,
+    examples: Examples,
+    ask: Generated,
+    batch_size: int,
+    report: StepListener,
+    contender: str,
 ) -> list[Answer]:
+    cut: list[int] = []
     texts = generate(
         model,
         encoder.tokenizer,
@@ -136,12 +148,15 @@ def _generate(
         stop=ask.stop,
         batch_size=batch_size,
         report=report,
+        unfinished=cut.append,
     )
+    if ask.transcript:
+        announce_cut(examples, sum(cut), contender)
     return [Answer(id=e.id, target=e.target, given=text) for e, text in zip(examples.items, texts, strict=True)]
 
 
 def _score_target(
-    model: Any, encoder: PromptEncoder, examples: Examples, ask: TargetLikelihood, batch_size: int, report: StepListener
+    model: Any, encoder: PromptEncoder, examples: Examples, batch_size: int, report: StepListener
 ) -> list[Answer]:
     questions = encoder.questions(examples, [(e.target,) for e in examples.items])
     scores = log_likelihoods(model, questions, batch_size=batch_size, report=report)
@@ -251,12 +266,7 @@ def _through_harness(
     return harness.run_harness(model, tokenizer, examples, batch_size=batch_size, report=report)
 
 
-#: Way of asking → what does it; the kinds of tasks that ask so are not known here. The first continue prompts.
-_CONTINUING: Mapping[type, Callable[[Any, PromptEncoder, Examples, Any, int, StepListener], list[Answer]]] = {
-    Choices: _choose,
-    Generated: _generate,
-    TargetLikelihood: _score_target,
-}
+#: Way of asking → what does it; the kinds of tasks that ask so are not known here.
 _WAYS: Mapping[type, Callable[[Any, Any, Examples, Any, int, StepListener], list[Answer]]] = {
     LabelHead: _classify,
     TagHead: _label_words,

@@ -22,7 +22,8 @@ from plait.evaluation.subsets import ChosenSubset
 from plait.recipes.evaluation import EvalSpec
 from plait.results.progress import Progress
 from plait.tasks.answers import Answer, Metric
-from plait.tasks.asking import NumberHead, Similarity, Transcribed
+from plait.tasks.asking import Ask as WayOfAsking
+from plait.tasks.asking import Generated, NumberHead, Similarity, Transcribed
 from plait.tasks.examples import Examples
 from plait.tasks.images import thumbnail
 from plait.tasks.inputs import Example
@@ -218,7 +219,7 @@ class AnswerSession:
                 base,
                 alone,
                 merged,
-                judged=not isinstance(task.ask, (NumberHead, Similarity, Transcribed)),
+                judged=_is_judged(task.ask),
             ),
             confusion=_confusion(task, alone, merged),
         )
@@ -376,6 +377,14 @@ def _confusion(task: Task, alone: Sequence[Answer] | None, merged: Sequence[Answ
         return tuple(tuple(found[right, given] for given in labels) for right in labels)
 
     return Confusion(labels=labels, single=None if alone is None else counted(alone), merged=counted(merged))
+
+
+def _is_judged(ask: WayOfAsking) -> bool:
+    """Whether an answer is right or wrong."""
+    match ask:
+        case NumberHead() | Similarity() | Transcribed() | Generated(transcript=True):
+            return False
+    return True
 
 
 def _samples(

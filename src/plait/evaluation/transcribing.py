@@ -88,13 +88,18 @@ def written(
             found[i] = one._replace(text=one.text.strip())
         report(len(batch))
     all_found = [one for one in found if one is not None]
-    if cut := sum(one.is_cut for one in all_found):
+    announce_cut(examples, sum(one.is_cut for one in all_found), contender)
+    return all_found
+
+
+def announce_cut(examples: Examples, cut: int, contender: str) -> None:
+    """Announce how many of a task's transcripts are as long as they may be, where there are some."""
+    if cut:
         announce(
-            f"{examples.task.where}: {contender}: {cut} of {len(found)} transcripts reach max_new_tokens or the end of what "
-            "the decoder writes, and may lack their end; their errors count as they are.",
+            f"{examples.task.where}: {contender}: {cut} of {len(examples.items)} transcripts reach max_new_tokens or the end "
+            "of what the decoder writes, and may lack their end; their errors count as they are.",
             once=f"cut transcripts {examples.task.name} {contender}",
         )
-    return all_found
 
 
 #: Takes a batch of inputs and the text before; returns the transcripts, with the blanks at their ends.

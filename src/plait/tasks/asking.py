@@ -35,10 +35,12 @@ class Generated:
     Attributes:
         max_new_tokens: longest answer.
         stop: texts at which an answer ends; they are cut off.
+        transcript: of what is spoken: not right or wrong as a whole, and counted in a warning where it is as long as it may be.
     """
 
     max_new_tokens: int = 64
     stop: tuple[str, ...] = ()
+    transcript: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

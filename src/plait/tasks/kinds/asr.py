@@ -85,7 +85,7 @@ class Asr(HeardTask):
     def ask(self) -> Transcribed | Generated:
         """How answers are asked of a model."""
         if self.messages is not None and self.max_new_tokens is not None:
-            return Generated(self.max_new_tokens)
+            return Generated(self.max_new_tokens, transcript=True)
         return Transcribed(self.language, self.task, self.max_new_tokens, self.beams)
 
     def inputs_of(self) -> InputMaker:
