@@ -39,8 +39,11 @@ def check_texts(
     for name, own in texts.items():
         try:
             with naming(own):
-                check = check_perceived if is_perceived(own) else tokenize
-                check(mixture, own, answered=answered, right=(right or {}).get(name))
+                labels = (right or {}).get(name)
+                if is_perceived(own):
+                    check_perceived(mixture, own, right=labels)
+                else:
+                    tokenize(mixture, own, answered=answered, right=labels)
         except TaskError as error:
             problems.append(str(error))
     collect(TaskError, problems, "texts must fit the base")

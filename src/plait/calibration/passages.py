@@ -48,7 +48,7 @@ class Passage:
         lead: what a decoder of its own reads before the answer, after its start token; with `media` that token too, since it
             is not always the first.
         segments: which text of a pair every token is of; empty where all are of one.
-        places: at which tokens a head answers; empty where it answers once.
+        places: at which tokens a head answers, or a model with CTC at which moments of a sound; empty where it answers once.
         media: an image or a sound, read in place of a prompt.
         classes: the texts that an image is compared with, where a head has no part.
     """
@@ -194,8 +194,8 @@ class Reader:
         sequences = [self._sequence(p) for p in passages]
         media = _stacked(passages, self._model.device)
         if media and (self._head or not self._encoder_decoder):
-            alone = torch.arange(len(passages), device=self._model.device)
-            return _Input(media, alone, torch.zeros_like(alone))
+            at = [(i, column) for i, p in enumerate(passages) for column in p.places or [0]]
+            return _Input(media, *torch.tensor(at, device=self._model.device).unbind(1))
         ids, mask = _padded(sequences, self._model.device)
         places = [(i, range(len(s))) for i, s in enumerate(sequences)]
         if self._head:

@@ -13,7 +13,7 @@ from plait.calibration.passages import MediaInput, Passage
 from plait.calibration.texts import Texts
 from plait.errors import TaskError
 from plait.evaluation import hearing, vision
-from plait.evaluation.transcribing import beginning, transcript_tokens, writer_of, written
+from plait.evaluation.transcribing import Transcript, beginning, transcript_tokens, writer_of, written
 from plait.mixture import Mixture
 from plait.tasks.asking import ClassPrompts, Transcribed
 from plait.tasks.hearing import sample_counts
@@ -26,13 +26,12 @@ def is_perceived(texts: Texts) -> bool:
     return texts.task.file_column is not None
 
 
-def check_perceived(mixture: Mixture, texts: Texts, *, answered: bool = False, right: Sequence[str] | None = None) -> None:
+def check_perceived(mixture: Mixture, texts: Texts, *, right: Sequence[str] | None = None) -> None:
     """Make sure that a model takes a task's images or sounds, before it is given the first.
 
     Args:
         mixture: the base with the adapters.
         texts: of a task of images or sounds.
-        answered: whether answers are compared.
         right: the right transcript of every sound, where labels are learned from.
 
     Raises:
@@ -54,10 +53,10 @@ def check_perceived(mixture: Mixture, texts: Texts, *, answered: bool = False, r
         return
     writer_of(model, mixture.tokenizer, processor, texts.examples, task.ask)
     if not model.config.is_encoder_decoder:
-        if answered:
+        if right is not None:
             raise TaskError(
-                f"{type(model).__name__} has no decoder, whose tokens are compared; its moments can be taken (plait calibrate, "
-                "method 'regmean' with a scale), and plait sweep searches by the metric."
+                f"{type(model).__name__} (CTC) labels every moment of a sound, and a transcript does not say which moment is "
+                "which; use an objective that reads no label: distill, hidden."
             )
         return
     first = _beginnings(mixture, texts)
@@ -77,7 +76,8 @@ def perceived_passages(
     """Return what a model is given of a task's images or sounds; with sounds that are written down, what its decoder reads.
 
     That is the right transcript, or the one that the adapter writes, greedily: no label is read then. Learning to write what
-    a teacher has written is sequence-level distillation (Kim and Rush 2016, arXiv:1606.07947).
+    a teacher has written is sequence-level distillation (Kim and Rush 2016, arXiv:1606.07947). A model with CTC answers at
+    every moment of a sound.
 
     Args:
         mixture: the base with the adapters.
@@ -95,8 +95,11 @@ def perceived_passages(
     if isinstance(ask, ClassPrompts):
         classes = vision.class_texts(model, tokenizer, ask.texts)
         return tuple(Passage(media=one, classes=classes) for one in media)
-    if not isinstance(ask, Transcribed) or not model.config.is_encoder_decoder:
+    if not isinstance(ask, Transcribed):
         return tuple(Passage(media=one) for one in media)
+    if not model.config.is_encoder_decoder:
+        moments = [len(one.tokens) for one in _written(mixture, texts, adapter, ask, report)]
+        return tuple(Passage(media=one, places=tuple(range(n))) for one, n in zip(media, moments, strict=True))
     first, items = _beginnings(mixture, texts), texts.examples.items
     if right is not None:
         answers = [
@@ -104,17 +107,29 @@ def perceived_passages(
             for e, text in zip(items, right, strict=True)
         ]
     else:
-        greedy = replace(ask, beams=1)
-        processor = _processor(mixture, texts)
-        with mixture.active({adapter: 1.0}) as acting:
-            found = written(
-                acting, tokenizer, processor, texts.examples, greedy, batch_size=_BATCH, report=report, contender=adapter
-            )
-        answers = [one.tokens for one in found]
+        answers = [one.tokens for one in _written(mixture, texts, adapter, ask, report)]
     return tuple(
         Passage(answer=answer, lead=tuple(first[e.text or ""]), media=one)
         for e, answer, one in zip(items, answers, media, strict=True)
     )
+
+
+def _written(
+    mixture: Mixture, texts: Texts, adapter: str, ask: Transcribed, report: Callable[[int], object]
+) -> list[Transcript]:
+    """Return what an adapter writes down of every sound, greedily."""
+    processor = _processor(mixture, texts)
+    with mixture.active({adapter: 1.0}) as model:
+        return written(
+            model,
+            mixture.tokenizer,
+            processor,
+            texts.examples,
+            replace(ask, beams=1),
+            batch_size=_BATCH,
+            report=report,
+            contender=adapter,
+        )
 
 
 def _inputs(mixture: Mixture, texts: Texts) -> list[MediaInput]:

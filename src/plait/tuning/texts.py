@@ -11,7 +11,7 @@ from plait.errors import TaskError, collect
 from plait.merging.inventory import Inventory
 from plait.recipes.schema import Recipe
 from plait.recipes.tuning import LABELED
-from plait.tasks.asking import ClassPrompts, Head
+from plait.tasks.asking import ClassPrompts, Head, Transcribed
 from plait.tuning.held_out import SplitLessons
 from plait.tuning.labels import read_labeled
 from plait.tuning.record import SeenTexts
@@ -38,6 +38,13 @@ def tuning_texts(
             "of an image or a sound is read of all of them at once, in a form of its own. Use 'distill', which reads no label."
             for t in tasks
             if getattr(t, "file_column", None) is not None and isinstance(t.ask, (Head, ClassPrompts))
+        ]
+    if spec.objective == "adamerging":
+        problems += [
+            f"task {t.name!r} ({t.kind}): objective 'adamerging' is the entropy of one decision, and the first token of a "
+            "transcript decides nothing of the rest. Use 'distill', which reads no label either."
+            for t in tasks
+            if isinstance(t.ask, Transcribed)
         ]
     owners = {t.name: t.own_adapter for t in tasks}
     if spec.objective not in LABELED:
