@@ -158,39 +158,41 @@ def test_likelihoods_are_those_of_transformers_with_peft(world: World, tmp_path:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_evaluation_is_that_of_peft(world: World, tmp_path: Path, kind: str) -> None:
-    """What is generated and what is likeliest, for base, single and merge; the page shows what was seen."""
-    files = [
-        *world.tasks(kind),
-        write(tmp_path, "free", kind="generation", labels=None, adapter="one", max_new_tokens=5, metric="cer"),
-    ]
-    found = plait.evaluate(
-        world.adapters(kind), tasks=files, base=world.base(kind), weights=[0.5, 0.5], workspace=tmp_path / "kept", batch_size=4
-    )
+def test_what_is_written_is_what_peft_writes(world: World, tmp_path: Path, kind: str) -> None:
+    """Base, single and merge; the page shows what was seen."""
+    file = write(tmp_path, "one", kind="generation", labels=None, max_new_tokens=5, metric="cer")
+    place = {"base": world.base(kind), "workspace": tmp_path / "kept"}
+    found = plait.evaluate(world.adapters(kind), tasks=[file], weights=[0.5, 0.5], batch_size=4, **place).tasks[0]
     merged = plait.merge(world.adapters(kind), weights=[0.5, 0.5], out=tmp_path / "out").folder
-    processor, sides = world.processor(kind), []
-    for place in (None, world.adapters(kind)["one"], merged):
-        model = world.peft(kind, place)
-        rows = read_examples(load_task(files[0]), "test").items
-        likeliest = [int(np.argmax(likelihoods(processor, model, [None, e.prompt[0][1][1:]], e.images, LABELS))) for e in rows]
-        share = float(np.mean([LABELS[i] == e.target for i, e in zip(likeliest, rows, strict=True)]))
-        texts = [
-            written(processor, model, [None, e.prompt[0][1][1:]], e.images, 5)
-            for e in read_examples(load_task(files[2]), "test").items
-        ]
-        sides.append((share, texts))
-    task, generated = found.tasks[0], found.tasks[2]
-    assert [task.base, task.single, task.merged] == [share for share, _ in sides]
-    for sample in generated.samples:
-        i = next(i for i, e in enumerate(read_examples(load_task(files[2]), "test").items) if e.id == sample.id)
-        assert [sample.base, sample.single, sample.merged] == [texts[i] for _, texts in sides]
-    assert len({text for _, texts in sides for text in texts}) > 3
-    assert all((sample.image or "").startswith("data:image/jpeg") for sample in generated.samples)
-    assert "user: ⟨image of " in generated.samples[0].prompt
+    rows, processor, sides = read_examples(load_task(file), "test").items, world.processor(kind), []
+    for adapter in (None, world.adapters(kind)["one"], merged):
+        model = world.peft(kind, adapter)
+        texts = [written(processor, model, [None, e.prompt[0][1][1:]], e.images, 5) for e in rows]
+        sides.append({e.id: text for e, text in zip(rows, texts, strict=True)})
+    for sample in found.samples:
+        assert [sample.base, sample.single, sample.merged] == [texts[sample.id] for texts in sides]
+    assert len({text for texts in sides for text in texts.values()}) > 3
+    assert all((sample.image or "").startswith("data:image/jpeg") for sample in found.samples)
+    assert "user: ⟨image of " in found.samples[0].prompt
     plait.report(next((tmp_path / "kept").rglob("eval_results_*.json")).parent, out=tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text()
-    assert generated.samples[0].image in page
-    assert f"<pre>{generated.samples[0].prompt}</pre>" in page
+    assert found.samples[0].image in page
+    assert f"<pre>{found.samples[0].prompt}</pre>" in page
+
+
+def test_the_likeliest_label_is_that_of_peft(world: World, tmp_path: Path) -> None:
+    """Base, single and merge, in memory and from files."""
+    file, pair, base = world.tasks("qwen2_vl")[0], world.adapters("qwen2_vl"), world.base("qwen2_vl")
+    merged = plait.merge(pair, weights=[0.5, 0.5], out=tmp_path / "out").folder
+    found = plait.evaluate(pair, tasks=[file], weights=[0.5, 0.5], base=base, workspace=None).tasks[0]
+    saved = plait.evaluate(str(merged), tasks=[file], sources=pair, base=base, workspace=None).tasks[0]
+    expected = []
+    for place in (None, pair["one"], merged):
+        model, rows = world.peft("qwen2_vl", place), read_examples(load_task(file), "test").items
+        scores = [likelihoods(world.processor("qwen2_vl"), model, [None, e.prompt[0][1][1:]], e.images, LABELS) for e in rows]
+        expected.append(float(np.mean([LABELS[int(np.argmax(s))] == e.target for s, e in zip(scores, rows, strict=True)])))
+    assert [found.base, found.single, found.merged] == expected
+    assert saved.merged == found.merged
 
 
 def unknown(_: Any) -> None:
