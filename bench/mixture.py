@@ -137,4 +137,4 @@ def _mb(size: float) -> str:
 
 
 if __name__ == "__main__":
-    report.take_turns(__doc__, run, RESULTS)
+    report.take_turns(__doc__, run, RESULTS, rounds=3)

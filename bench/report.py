@@ -100,15 +100,18 @@ def conclude(
         show(sections)
 
 
-def take_turns(doc: str | None, run: Callable[[Path, int, dict[str, Any]], list[Section]], path: Path) -> None:
+def take_turns(
+    doc: str | None, run: Callable[[Path, int, dict[str, Any]], list[Section]], path: Path, *, rounds: int = 6
+) -> None:
     """Parse arguments, measure in turns, report.
 
     Args:
         doc: what is measured.
         run: folder of files, number of turns and a place for single figures → what was measured.
         path: of the JSON that is kept.
+        rounds: turns that every variant takes by default.
     """
-    options = arguments(doc, "one turn, no verdicts", rounds=(6, "turns that every variant takes"))
+    options = arguments(doc, "one turn, no verdicts", rounds=(rounds, "turns that every variant takes"))
     about, raw = machine(), {}
     sections = run(options.cache.resolve(), 1 if options.quick else options.rounds, raw)
     conclude(path, about, sections, raw, quick=options.quick, as_markdown=options.markdown)
