@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,9 +67,13 @@ def fresh(kind: str) -> Any:
     text: dict[str, Any] = {**TEXT, "vocab_size": len(tokens), "eos_token_id": tokens.eos_token_id}
     torch.manual_seed(0)
     if kind == "qwen2_vl":
-        text["rope_parameters"] = {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 100.0}
+        rotary = {"mrope_section": [2, 1, 1], "rope_theta": 100.0}
+        text["rope_parameters"] = {"rope_type": "default", **rotary}
+        if not hasattr(transformers.Qwen2Config(), "rope_parameters"):  # before version 5
+            text |= {"rope_scaling": {"type": "mrope", **rotary}, "rope_theta": 100.0}
         vision = {"depth": 1, "embed_dim": 16, "num_heads": 2, "mlp_ratio": 2, "patch_size": 4, "hidden_size": 16}
         ids = {f"{name}_token_id": tokens.convert_tokens_to_ids(f"<|{name}_pad|>") for name in ("image", "video")}
+        ids |= {f"vision_{end}_token_id": tokens.convert_tokens_to_ids(f"<|vision_{end}|>") for end in ("start", "end")}
         config = transformers.Qwen2VLConfig(text_config=text, vision_config=vision, **ids)
         model = transformers.Qwen2VLForConditionalGeneration(config)
     elif kind == "qwen2_audio":
@@ -143,6 +147,11 @@ def prepared(processor: Any, parts: Sequence[str | None], files: Sequence[bytes]
     return prompt, {"audio": [samples(f, rate) for f in files], "sampling_rate": rate, "return_tensors": "pt"}
 
 
+def _taken(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what processors make without the types of tokens, which older ones make too and none of these models takes."""
+    return {name: value for name, value in given.items() if name != "token_type_ids"}
+
+
 @torch.no_grad()
 def likelihoods(
     processor: Any, model: Any, parts: Sequence[str | None], files: Sequence[bytes], labels: Sequence[str], delimiter: str = ""
@@ -152,7 +161,7 @@ def likelihoods(
     start = processor(text=[prompt], **files_given)["input_ids"].shape[1]
     found = []
     for label in labels:
-        given = processor(text=[prompt + delimiter + label], **files_given)
+        given = _taken(processor(text=[prompt + delimiter + label], **files_given))
         scores = model(**given).logits[0, start - 1 : -1].log_softmax(-1)
         found.append(float(scores.gather(1, given["input_ids"][0, start:, None]).sum()))
     return found
@@ -162,6 +171,6 @@ def likelihoods(
 def written(processor: Any, model: Any, parts: Sequence[str | None], files: Sequence[bytes], tokens: int) -> str:
     """Return what a model writes after a chat, greedily, as transformers has it."""
     prompt, files_given = prepared(processor, parts, files)
-    given = processor(text=[prompt], **files_given)
+    given = _taken(processor(text=[prompt], **files_given))
     out = model.generate(**given, max_new_tokens=tokens, do_sample=False)[0, given["input_ids"].shape[1] :]
     return str(processor.tokenizer.decode(out, skip_special_tokens=True))

@@ -232,29 +232,31 @@ def _packed_problem(head: bytes) -> str | None:
     return pointer_problem(head)
 
 
-def read_json(path: Path, error: type[PlaitError], *, advice: str = "", constants: bool = False) -> Any:
+def read_json(path: Path, error: type[PlaitError], *, advice: str = "", constants: bool = False, nul: bool = False) -> Any:
     """Return what a JSON file holds; arguments as `read_text` and `parse_json` have them.
 
     Raises:
         PlaitError: (`error`) it cannot be read.
     """
-    return parse_json(read_text(path, error, advice=advice), str(path), error, advice=advice, constants=constants)
+    return parse_json(read_text(path, error, advice=advice), str(path), error, advice=advice, constants=constants, nul=nul)
 
 
-def read_object(path: Path, error: type[PlaitError], *, advice: str = "", constants: bool = False) -> dict[str, Any]:
-    """Return the JSON object that a file holds.
+def read_object(
+    path: Path, error: type[PlaitError], *, advice: str = "", constants: bool = False, nul: bool = False
+) -> dict[str, Any]:
+    """Return the JSON object that a file holds; arguments as `read_text` and `parse_json` have them.
 
     Raises:
         PlaitError: (`error`) it cannot be read, or holds something else.
     """
-    found = read_json(path, error, advice=advice, constants=constants)
+    found = read_json(path, error, advice=advice, constants=constants, nul=nul)
     if not isinstance(found, dict):
         raise error(f"{path}: expected a JSON object, found {kind_of(found)}.{_then(advice)}")
     return found
 
 
 def read_record(kind: type[Model], path: Path, error: type[PlaitError], *, what: str, advice: str = "") -> Model:
-    """Return a record that plait has written as JSON.
+    """Return a record that plait has written as JSON; texts of models in it may hold U+0000.
 
     Args:
         kind: of record.
@@ -266,7 +268,7 @@ def read_record(kind: type[Model], path: Path, error: type[PlaitError], *, what:
     Raises:
         PlaitError: (`error`) it cannot be read, or is none.
     """
-    return as_record(kind, read_json(path, error, advice=advice), str(path), error, what=what, advice=advice)
+    return as_record(kind, read_json(path, error, advice=advice, nul=True), str(path), error, what=what, advice=advice)
 
 
 def as_record(kind: type[Model], data: Any, source: str, error: type[PlaitError], *, what: str, advice: str = "") -> Model:

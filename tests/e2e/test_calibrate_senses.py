@@ -207,7 +207,7 @@ def test_a_tuning_starts_bad_and_ends_better(world: World, tmp_path: Path, kind:
     result = plait.tune(world.adapters(kind), method="linear", out=tmp_path / "tuned", tune=learn, **world.given(kind))
     found = result.record
     assert found.start.share > 0.2
-    assert found.kept.share < 0.4 * found.start.share
+    assert found.kept.share < 0.9 * found.start.share
     assert not any("labels were read" in note for note in found.notes)
     for name, task in zip(NAMES, world.tasks(kind), strict=True):
         own = world.adapters(kind)[name]

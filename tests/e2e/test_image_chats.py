@@ -367,6 +367,7 @@ def test_what_reads_texts_alone_refuses(world: World, tmp_path: Path, capsys: py
 
 
 def test_training_refuses_what_it_would_not_see(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("trl", reason="training's libraries are not installed")
     phases = [{"name": "one", "task": str(world.tasks("llava")[0])}]
     job = write_yaml(tmp_path, "job", {"base_model": str(world.base("llava")), "phases": phases})
     assert exit_code("train", str(job), "-o", str(tmp_path / "out"), "--dry-run") == 2

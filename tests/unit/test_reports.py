@@ -14,6 +14,7 @@ import pytest
 import plait
 from plait.errors import OutputError
 from plait.evaluation.record import SingleAdapter
+from plait.evaluation.workspace import write_evaluation
 from plait.merging.record import RunRecord
 from plait.reports.charts import energy_map, recovery_bars, show_interval, show_share, task_recoveries
 from plait.reports.colors import css, diverging, text_color
@@ -138,6 +139,18 @@ def test_figures_are_drawn_and_the_same_twice(tmp_path):
     assert not (tmp_path / "c.html").exists()
     plait.report(run, out=tmp_path / "c.html", figures=tmp_path / "a", force=True)
     assert "maths" in first.figures[0].read_text()
+
+
+def test_what_a_model_says_may_hold_the_character_nul(tmp_path):
+    first, *others = WHOLE.tasks
+    sample = first.samples[0].model_copy(update={"merged": "a\0b"})
+    found = WHOLE.model_copy(update={"tasks": (first.model_copy(update={"samples": (sample,)}), *others)})
+    plait.report(run_folder(tmp_path / "run", found), out=tmp_path / "r.html")
+    page = (tmp_path / "r.html").read_text()
+    assert "a␀b" in page
+    assert "\0" not in page
+    for _ in range(2):  # nothing is announced to be written again
+        write_evaluation(tmp_path / "work", found)
 
 
 def test_a_page_is_replaced_only_when_asked(tmp_path):

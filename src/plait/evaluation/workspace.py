@@ -155,7 +155,7 @@ def _write_task(workspace: Path, home: Path, found: Evaluation, task: TaskResult
 def _write_once(file: Path, data: Mapping[str, Any]) -> None:
     """Write results where they are not yet: a tag has one content. What cannot be read is written again."""
     try:
-        if is_there(file, OutputError) and read_object(file, OutputError, constants=True).get("tag") == data["tag"]:
+        if is_there(file, OutputError) and read_object(file, OutputError, constants=True, nul=True).get("tag") == data["tag"]:
             return
     except OutputError as error:
         announce(f"{error} It is written again.")

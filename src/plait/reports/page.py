@@ -36,7 +36,8 @@ def render(report: Report, *, title: str) -> str:
         report: what to show.
         title: of the page.
     """
-    return template("report.html.j2").render(title=title, report=report, **_parts(report))
+    page = template("report.html.j2").render(title=title, report=report, **_parts(report))
+    return page.replace("\0", "\N{SYMBOL FOR NULL}")  # which models say, and no page may hold
 
 
 def template(name: str) -> jinja2.Template:
