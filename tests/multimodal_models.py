@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from plait.tasks.images import decoded
 from plait.tasks.sounds import samples
 from tests.chat_models import byte_tokenizer
+from tests.two_adapters import write_yaml
 
 TEXT = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
 TEXT |= {"max_position_embeddings": 512, "pad_token_id": None, "bos_token_id": None}
@@ -145,6 +146,29 @@ def prepared(processor: Any, parts: Sequence[str | None], files: Sequence[bytes]
         return prompt, {"images": [[*map(decoded, files)]], "return_tensors": "pt"}
     rate = processor.feature_extractor.sampling_rate
     return prompt, {"audio": [samples(f, rate) for f in files], "sampling_rate": rate, "return_tensors": "pt"}
+
+
+def write_chats(
+    folder: Path, name: str, column: str, contents: Sequence[bytes], asked: Mapping[str, Any], changes: Mapping[str, Any]
+) -> Path:
+    """Write a task of chats with a file per row, as it is asked but for changes; labels go round, for `two` the other way."""
+    folder.mkdir(parents=True, exist_ok=True)
+    turn, ending, labels = 3 if name == "two" else 1, {"image": "png", "audio": "wav"}[column], asked["labels"]
+    rows = [{column: f"{name}{i}.{ending}", "who": "ab"[i % 2], "label": labels[i * turn % 4]} for i in range(len(contents))]
+    for row, data in zip(rows, contents, strict=True):
+        (folder / row[column]).write_bytes(data)
+    (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = {
+        "name": name,
+        "kind": "classification",
+        "data": {"path": f"{name}.jsonl"},
+        "splits": {"test": {"rows": [0, len(rows)]}},
+        column: column,
+        "target": "{{ label }}",
+        **asked,
+        **changes,
+    }
+    return write_yaml(folder, name, {key: value for key, value in task.items() if value is not None})
 
 
 def _taken(given: Mapping[str, Any]) -> dict[str, Any]:

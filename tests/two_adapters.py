@@ -37,6 +37,18 @@ def save_drawn(folder: Path, plain: Any, seed: int, **config: Any) -> None:
     model.save_pretrained(folder)
 
 
+def redrawn(model: Any, deviation: float = 0.3) -> Any:
+    """Draw a model's matrices anew, and no biases: versions of transformers draw other ones from the same seed."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.zero_()
+            elif parameter.ndim > 1 and "parametrizations" not in name:
+                parameter.normal_(0, deviation, generator=generator)
+    return model
+
+
 def write_yaml(folder: Path, name: str, content: dict[str, Any]) -> Path:
     file = folder / f"{name}.yaml"
     file.write_text(yaml.safe_dump(content, sort_keys=False))

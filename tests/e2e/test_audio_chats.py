@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +26,8 @@ from plait.tasks.normalizing import normalizer
 from plait.tasks.sounds import waveform
 from tests.command_line import exit_code
 from tests.e2e.test_audio_tasks import sound
-from tests.multimodal_models import TARGETS, fresh, likelihoods, save_base, written
-from tests.two_adapters import NAMES, save_drawn, write_yaml
+from tests.multimodal_models import TARGETS, fresh, likelihoods, save_base, write_chats, written
+from tests.two_adapters import NAMES, save_drawn
 
 soundfile = pytest.importorskip("soundfile")
 # PEFT's and torch's own
@@ -39,23 +38,10 @@ SECONDS = [0.3, 0.52, 0.3, 0.9, 0.3]
 
 def write(folder: Path, name: str, rate: int = 16000, **changes: Any) -> Path:
     """Write a task of chats with sounds of several lengths."""
-    folder.mkdir(parents=True, exist_ok=True)
-    turn = 3 if name == "two" else 1
-    rows = [{"audio": f"{name}{i}.wav", "who": "ab"[i % 2], "label": LABELS[(i * turn) % 4]} for i in range(len(SECONDS))]
-    for i, (row, seconds) in enumerate(zip(rows, SECONDS, strict=True)):
-        (folder / row["audio"]).write_bytes(sound(turn * 5 + i, seconds, rate))
-    (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    task = {
-        "name": name,
-        "kind": "classification",
-        "data": {"path": f"{name}.jsonl"},
-        "splits": {"test": {"rows": [0, len(rows)]}},
-        "audio": "audio",
-        "messages": [{"role": "user", "content": "{{ who }} {{ audio }}?"}],
-        "target": "{{ label }}",
-        "labels": LABELS,
-    }
-    return write_yaml(folder, name, {key: value for key, value in (task | changes).items() if value is not None})
+    first = 15 if name == "two" else 5
+    contents = [sound(first + i, seconds, rate) for i, seconds in enumerate(SECONDS)]
+    asked = {"labels": LABELS, "messages": [{"role": "user", "content": "{{ who }} {{ audio }}?"}]}
+    return write_chats(folder, name, "audio", contents, asked, changes)
 
 
 class World:

@@ -28,7 +28,7 @@ from tests.calibrated import dense
 from tests.e2e import test_audio_tasks as sounds
 from tests.e2e import test_image_tasks as images
 from tests.text_classifiers import with_head
-from tests.two_adapters import NAMES, Folder, save_drawn
+from tests.two_adapters import NAMES, Folder, redrawn, save_drawn
 
 soundfile = pytest.importorskip("soundfile")
 # PEFT's and torch's own
@@ -42,7 +42,8 @@ CLASSES = [[f"very {label}", f"{label} :"] for label in images.LABELS]
 
 
 def plain(kind: str) -> Any:
-    return images.fresh(kind) if kind in SEEN else sounds.fresh(kind)
+    model = images.fresh(kind) if kind in SEEN else sounds.fresh(kind)
+    return redrawn(model) if kind == "wav2vec2" else model
 
 
 def write(folder: Path, kind: str, name: str, **changes: Any) -> Path:
@@ -207,7 +208,7 @@ def test_a_tuning_starts_bad_and_ends_better(world: World, tmp_path: Path, kind:
     result = plait.tune(world.adapters(kind), method="linear", out=tmp_path / "tuned", tune=learn, **world.given(kind))
     found = result.record
     assert found.start.share > 0.2
-    assert found.kept.share < 0.9 * found.start.share
+    assert found.kept.share < 0.4 * found.start.share
     assert not any("labels were read" in note for note in found.notes)
     for name, task in zip(NAMES, world.tasks(kind), strict=True):
         own = world.adapters(kind)[name]

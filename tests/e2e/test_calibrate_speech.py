@@ -141,7 +141,7 @@ def test_a_tuning_of_transcripts_starts_bad_and_ends_better(world: World, tmp_pa
     result = plait.tune(world.adapters(), method="linear", out=tmp_path / "tuned", tune=learn, **given)
     found = result.record
     assert found.start.share > 0.2
-    assert found.kept.share < 0.9 * found.start.share
+    assert found.kept.share < 0.7 * found.start.share
     assert not any("labels were read" in note for note in found.notes)
     tuned = PeftModel.from_pretrained(speaker(), str(result.folder)).eval()
     for name in NAMES:
@@ -206,7 +206,7 @@ def test_a_label_for_every_moment(world: World, tmp_path: Path) -> None:
     learn = {"steps": 12, "learning_rate": 0.02, "held_out": 0, "tolerance": 0}
     result = plait.tune(adapters, method="linear", out=tmp_path / "tuned", tune=learn, **options)
     found = result.record
-    assert found.kept.share < 0.9 * found.start.share
+    assert found.kept.share < 0.7 * found.start.share
     extractor = load_feature_extractor(world.base("wav2vec2"))
     sides = {name: PeftModel.from_pretrained(ctc(), str(folder)).eval() for name, folder in adapters.items()}
     tuned = PeftModel.from_pretrained(ctc(), str(result.folder)).eval()

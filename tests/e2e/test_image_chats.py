@@ -40,7 +40,7 @@ from plait.tasks.perceiving import Perceived
 from tests.chat_models import save_chat_model
 from tests.command_line import exit_code
 from tests.language_models import language_model
-from tests.multimodal_models import TARGETS, fresh, likelihoods, save_base, written
+from tests.multimodal_models import TARGETS, fresh, likelihoods, save_base, write_chats, written
 from tests.two_adapters import NAMES, Folder, save_drawn, write_yaml
 
 # PEFT's and torch's own
@@ -59,23 +59,10 @@ def picture(number: int, size: tuple[int, int] = (12, 9)) -> bytes:
 
 def write(folder: Path, name: str, **changes: Any) -> Path:
     """Write a task of chats with pictures of several sizes."""
-    folder.mkdir(parents=True, exist_ok=True)
-    turn = 3 if name == "two" else 1
-    rows = [{"image": f"{name}{i}.png", "who": "ab"[i % 2], "label": LABELS[(i * turn) % 4]} for i in range(len(SIZES))]
-    for i, (row, size) in enumerate(zip(rows, SIZES, strict=True)):
-        (folder / row["image"]).write_bytes(picture(10 * turn + i, size))
-    (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    task = {
-        "name": name,
-        "kind": "classification",
-        "data": {"path": f"{name}.jsonl"},
-        "splits": {"test": {"rows": [0, len(rows)]}},
-        "image": "image",
-        "messages": [{"role": "user", "content": "Which color, {{ who }}?"}],
-        "target": "{{ label }}",
-        "labels": LABELS,
-    }
-    return write_yaml(folder, name, {key: value for key, value in (task | changes).items() if value is not None})
+    first = 30 if name == "two" else 10
+    contents = [picture(first + i, size) for i, size in enumerate(SIZES)]
+    asked = {"labels": LABELS, "messages": [{"role": "user", "content": "Which color, {{ who }}?"}]}
+    return write_chats(folder, name, "image", contents, asked, changes)
 
 
 class World(Folder):
