@@ -98,6 +98,7 @@ bench: $(VENV)/.dev
 	$(BIN)/python bench/tune.py
 	$(BIN)/python bench/evaluation.py
 	$(BIN)/python bench/sweep.py
+	$(BIN)/python bench/mixer.py
 	$(BIN)/python bench/methods.py
 	$(BIN)/python bench/bake.py
 	$(BIN)/python bench/train.py

@@ -33,7 +33,7 @@ import plait
 from plait.adapters.adapter import Adapter
 from plait.errors import TaskError
 from plait.evaluation.subsets import choose_subset
-from plait.evaluation.transcribing import transcripts
+from plait.evaluation.transcribing import written
 from plait.hub.pretrained import load_feature_extractor, load_tokenizer
 from plait.mixture import Mixture
 from plait.notices import PlaitWarning
@@ -318,17 +318,18 @@ def test_other_models_write_as_by_their_generate(world: World, tmp_path: Path, k
         row = model.generate(given, max_new_tokens=31, do_sample=False, eos_token_id=2, pad_token_id=2)[0, 1:].tolist()
         expected += letters.batch_decode([row[: row.index(2)] if 2 in row else row])
     with pytest.warns(PlaitWarning, match="transcripts reach max_new_tokens"):
-        assert transcripts(model, letters, extractor, examples, task.ask, batch_size=2) == expected
+        found = written(model, letters, extractor, examples, task.ask, batch_size=2)
+    assert [one.text for one in found] == expected
     assert len(set(expected)) > 1
     (tmp_path / "t0.wav").write_bytes(sound(0, (fewest - 1) / RATE))
     with pytest.raises(TaskError, match=f"1 of 3 sounds are shorter than the {fewest} samples"):
-        transcripts(model, letters, extractor, read_examples(task, "test"), task.ask, batch_size=2)
+        written(model, letters, extractor, read_examples(task, "test"), task.ask, batch_size=2)
     places = getattr(model.config, "decoder", model.config).max_position_embeddings
     (tmp_path / "t0.wav").write_bytes(sound(0, 0.2))
     task = load_task(write(tmp_path, "t", ["a"] * 3, max_new_tokens=places))
     why = f"max_new_tokens is {places}, but the decoder has {places} places, of which the beginning leaves {places - 1}"
     with pytest.raises(TaskError, match=why):
-        transcripts(model, letters, extractor, read_examples(task, "test"), task.ask, batch_size=2)
+        written(model, letters, extractor, read_examples(task, "test"), task.ask, batch_size=2)
 
 
 SPELLINGS = {"colour": "color"}

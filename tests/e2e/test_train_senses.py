@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 import plait
 from plait.evaluation.scoring import answer_examples
-from plait.evaluation.transcribing import transcripts
+from plait.evaluation.transcribing import written
 from plait.hub.pretrained import load_feature_extractor, load_image_processor, load_tokenizer
 from plait.tasks.examples import read_examples
 from plait.tasks.loading import load_task
@@ -82,7 +82,7 @@ def first_read(model: Any, tokenizer: Any, extractor: Any, examples: Any) -> lis
         lambda _, args, given: seen.append((given["input_ids"] if "input_ids" in given else args[0])[0].tolist()),
         with_kwargs=True,
     )
-    transcripts(model, tokenizer, extractor, examples.take([0]), examples.task.ask, batch_size=1)
+    written(model, tokenizer, extractor, examples.take([0]), examples.task.ask, batch_size=1)
     hook.remove()
     return seen[0]
 

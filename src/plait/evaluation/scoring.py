@@ -14,7 +14,7 @@ from plait.evaluation.heads import head_outputs, text_vectors, word_labels
 from plait.evaluation.hearing import sound_outputs
 from plait.evaluation.likelihood import log_likelihoods
 from plait.evaluation.model_calls import StepListener, vocabulary
-from plait.evaluation.transcribing import announce_cut, transcripts
+from plait.evaluation.transcribing import announce_cut, written
 from plait.evaluation.vision import class_likeness, image_outputs
 from plait.tasks.answers import Answer
 from plait.tasks.asking import (
@@ -193,10 +193,10 @@ def _hear(
 ) -> list[Answer]:
     match examples.task.ask:
         case Transcribed() as ask:
-            texts = transcripts(
+            found = written(
                 model, tokenizer, processor, examples, ask, batch_size=batch_size, report=report, contender=contender
             )
-            return [Answer(id=e.id, target=e.target, given=text) for e, text in zip(examples.items, texts, strict=True)]
+            return [Answer(id=e.id, target=e.target, given=one.text) for e, one in zip(examples.items, found, strict=True)]
         case LabelHead(labels=labels):
             rows = sound_outputs(model, processor, examples, outputs=len(labels), batch_size=batch_size, report=report)
             return _labeled(examples, labels, rows)

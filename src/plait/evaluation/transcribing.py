@@ -22,22 +22,6 @@ from plait.tasks.examples import Examples
 _WHISPER_LEAD = 4  # tokens at most before a transcript: the start, language, task and that no times are wanted
 
 
-def transcripts(
-    model: Any,
-    tokenizer: Any,
-    extractor: Any,
-    examples: Examples,
-    ask: Transcribed,
-    *,
-    batch_size: int,
-    report: StepListener = lambda done: None,
-    contender: str = "the model",
-) -> list[str]:
-    """Return what a model writes down of every sound, without special tokens; arguments and errors as `written`."""
-    found = written(model, tokenizer, extractor, examples, ask, batch_size=batch_size, report=report, contender=contender)
-    return [one.text for one in found]
-
-
 class Transcript(NamedTuple):
     """What a model wrote down of a sound.
 
@@ -107,7 +91,7 @@ _Writer: TypeAlias = Callable[[Tensor, str], list[Transcript]]
 
 
 def writer_of(model: Any, tokenizer: Any, extractor: Any, examples: Examples, ask: Transcribed) -> _Writer:
-    """Return what writes down a batch; arguments as `transcripts` has them, and the model's weights are not used yet.
+    """Return what writes down a batch; arguments as `written` has them, and the model's weights are not used yet.
 
     Raises:
         TaskError: the model writes down no sounds, or does not take the options.
@@ -196,7 +180,7 @@ def _prompt(model: Any, tokenizer: Any, where: str, text: str) -> Tensor | None:
 
 
 def beginning(model: Any, tokenizer: Any, where: str, ask: Transcribed, text: str) -> list[int]:
-    """Return the tokens that a decoder is given before a transcript, as `transcripts` has them.
+    """Return the tokens that a decoder is given before a transcript, as `written` has them.
 
     Args:
         model: of transformers, with an encoder of sounds and a decoder; its weights are not used.
