@@ -23,7 +23,7 @@ unexport PYTHONDONTWRITEBYTECODE
 # Tests of what other libraries are asked for; and of training and the mixer, whose libraries must be newer. torch is the tested one everywhere:
 # another is a download of gigabytes, so that its lower bound is the one that no run has tried.
 LIBRARY_TESTS := $(addprefix tests/,$(addsuffix .py, \
-  e2e/test_asr_tasks e2e/test_audio_chats e2e/test_audio_tasks e2e/test_calibrate_senses e2e/test_calibrate_speech e2e/test_cli e2e/test_core_only e2e/test_encoder_decoder e2e/test_encoder_tasks e2e/test_evaluation e2e/test_heads e2e/test_hub e2e/test_image_chats e2e/test_image_tasks \
+  e2e/test_asr_tasks e2e/test_audio_chats e2e/test_audio_tasks e2e/test_calibrate_chats e2e/test_calibrate_senses e2e/test_calibrate_speech e2e/test_cli e2e/test_core_only e2e/test_encoder_decoder e2e/test_encoder_tasks e2e/test_evaluation e2e/test_heads e2e/test_hub e2e/test_image_chats e2e/test_image_tasks \
   e2e/test_live_merge e2e/test_lm_eval e2e/test_mixture_peft e2e/test_parity e2e/test_peft_round_trip e2e/test_push \
   e2e/test_sweep e2e/test_sweep_again unit/test_libraries_accelerate unit/test_libraries_huggingface_hub \
   unit/test_libraries_optuna unit/test_libraries_peft unit/test_libraries_transformers unit/test_likelihood \

@@ -105,9 +105,9 @@ def fresh(kind: str) -> Any:
     return model.eval()
 
 
-def save_base(kind: str, folder: Path) -> Path:
+def save_base(kind: str, folder: Path, model: Any = None) -> Path:
     """Write a model, its tokenizer, its processor's settings and its chat template."""
-    model = fresh(kind)
+    model = model or fresh(kind)
     model.generation_config.eos_token_id = tokenizer(kind).eos_token_id
     model.save_pretrained(folder)
     tokenizer(kind).save_pretrained(folder)

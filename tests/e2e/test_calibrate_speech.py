@@ -14,13 +14,14 @@ from peft import PeftModel
 import plait
 from plait.adapters.adapter import Adapter
 from plait.calibration.moments import take_moments
-from plait.calibration.passages import MediaInput, Passage
+from plait.calibration.passages import Passage
 from plait.calibration.texts import read_texts
 from plait.errors import PlaitError, TaskError
 from plait.hub.pretrained import load_feature_extractor
 from plait.merging.moments import MomentsFile
 from plait.mixture import Mixture
 from plait.tasks.loading import load_task
+from plait.tasks.perceiving import Perceived
 from plait.tasks.sounds import samples
 from plait.tuning.teaching import make_lesson
 from tests.calibrated import dense
@@ -121,8 +122,8 @@ def test_moments_of_encoder_and_decoder(world: World, tmp_path: Path, given: dic
 def test_a_share_of_a_sound_is_no_share_of_what_is_written(world: World) -> None:
     """Of the encoder's many inputs twice the limit are looked at, of the decoder's few all."""
     model = speaker()
-    media = [MediaInput("input_features", torch.randn(8, 100, generator=torch.manual_seed(i))) for i in range(4)]
-    passages = [Passage(answer=(3, 4), lead=(START, FR, NO_TIMES), media=one) for one in media]
+    sounds = [Perceived({"input_features": torch.randn(1, 8, 100, generator=torch.manual_seed(i))}) for i in range(4)]
+    passages = [Passage(answer=(3, 4), lead=(START, FR, NO_TIMES), perceived=one) for one in sounds]
     modules = {
         f"{part}.{n}": getattr(model.model, part).layers[1].get_submodule(n)
         for part in ("encoder", "decoder")

@@ -327,7 +327,7 @@ def test_a_processor_of_another_model_is_refused(world: World, tmp_path: Path) -
 def test_a_forward_is_given_what_it_names(world: World) -> None:
     """Some tokenizers give a value per token that their model does not take; pixels that a model does not take are an error."""
     tensors = {"token_type_ids": torch.zeros(1, 3, dtype=torch.long), "pixel_values": torch.zeros(1, 3, 8, 8)}
-    question = Question([1, 2, 3], [], perceived=Perceived(dict, tensors, kept=True))
+    question = Question([1, 2, 3], [], perceived=Perceived(tensors))
     assert [*perceived_of([question], fresh("llava"))] == ["pixel_values"]
     with pytest.raises(TaskError, match="LlamaForCausalLM reads texts alone: it takes no 'pixel_values'"):
         perceived_of([question], language_model())
@@ -344,13 +344,6 @@ def test_a_missing_package_is_named(world: World, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setitem(sys.modules, "PIL.Image", None)
     assert exit_code("tasks", "check", str(world.tasks("llava")[0])) == 2
     assert "python -m pip install 'plait[vision]'" in " ".join(capsys.readouterr().err.split())
-
-
-@pytest.mark.parametrize("command", ["calibrate", "tune", "tune --objective gradient"])
-def test_what_reads_texts_alone_refuses(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str) -> None:
-    given = [*map(str, world.adapters("llava").values()), "--tasks", *map(str, world.tasks("llava"))]
-    assert exit_code(*command.split(), *given, "--base-id", str(world.base("llava")), "-o", str(tmp_path / "out")) == 2
-    assert "plait eval and plait sweep have such tasks" in " ".join(capsys.readouterr().err.split())
 
 
 def test_training_refuses_what_it_would_not_see(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,7 +14,7 @@ from torch import nn
 from plait.libraries import transformers as library
 from tests.chat_models import byte_tokenizer
 from tests.language_models import language_model
-from tests.multimodal_models import fresh, save_base
+from tests.multimodal_models import fresh, save_base, tokenizer
 
 MODERN = int(transformers.__version__.split(".")[0]) >= 5
 
@@ -263,6 +263,14 @@ def test_language_models_that_see_or_hear_have_a_class():
     assert library.multimodal_class("llama") is None
     assert library.text_class("llama") == "LlamaForCausalLM"
     assert library.text_class("qwen2_vl") is None
+
+
+def test_tokens_of_images_and_sounds_are_named_by_a_configuration():
+    for kind, names in {"llava": ["<image>"], "idefics3": ["<image>"], "qwen2_audio": ["<|AUDIO|>"]}.items():
+        assert library.media_tokens(fresh(kind)) == set(tokenizer(kind).convert_tokens_to_ids(names))
+    names = ["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"]
+    assert library.media_tokens(fresh("qwen2_vl")) == set(tokenizer("qwen2_vl").convert_tokens_to_ids(names))
+    assert library.media_tokens(language_model()) == set()
 
 
 def test_positions_after_an_image_are_shifted_by_what_the_model_keeps():

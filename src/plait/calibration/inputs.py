@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+from plait.adapters.adapter import Adapter
 from plait.calibration.passages import Passage
 from plait.calibration.perceiving import check_perceived, is_perceived, perceived_passages
 from plait.calibration.texts import Texts
 from plait.errors import TaskError, collect
 from plait.evaluation.generation import generate_tokens
 from plait.evaluation.likelihood import log_likelihoods
+from plait.evaluation.loaded_base import LoadedBase
 from plait.evaluation.model_calls import check_lengths
+from plait.hub.pretrained import LoadOptions
+from plait.libraries.transformers import media_tokens
 from plait.mixture import Mixture
+from plait.results.progress import Progress
 from plait.tasks.asking import Generated, Reading, TargetLikelihood
 from plait.tasks.encoding import PromptEncoder, Question, encode_readings
+from plait.tasks.schema import has_media_chats
 
 _ANSWER = 32  # tokens of a free answer that a decoder reads, at most
 
@@ -49,6 +57,32 @@ def check_texts(
     collect(TaskError, problems, "texts must fit the base")
 
 
+def load_for_texts(
+    base: Path, adapters: Sequence[Adapter], options: LoadOptions, texts: Iterable[Texts], progress: Progress
+) -> Mixture:
+    """Load a base with adapters that are to read texts; what its processor does not take is refused before.
+
+    Args:
+        base: folder of the base.
+        adapters: that read.
+        options: how it is loaded.
+        texts: of all tasks.
+        progress: receives stages and steps.
+
+    Raises:
+        PlaitError: chats have images or sounds, and the base has no processor of such; or it cannot be loaded.
+    """
+    live, problems = LoadedBase(base, adapters, options, progress), []
+    for own in texts:
+        try:
+            with naming(own):
+                live.check(own.examples)
+        except TaskError as error:
+            problems.append(str(error))
+    collect(TaskError, problems, "texts must fit the base")
+    return live.mixture
+
+
 def encode_texts(mixture: Mixture, texts: Texts, adapter: str) -> tuple[Passage, ...]:
     """Return what an adapter reads of a task's texts: the prompts, the texts themselves of a perplexity task, images, sounds.
 
@@ -75,8 +109,8 @@ def own_answers(
 ) -> Sequence[Sequence[int]]:
     """Return the answer that an adapter gives to every question: the label that it finds likeliest, or its greedy answer.
 
-    The latter has up to 32 tokens, and is given by an encoder-decoder model, or where it is `answered`. The text of a
-    perplexity task is its own answer; what is read as a whole has none.
+    The latter has up to 32 tokens, a transcript all of them, and is given by an encoder-decoder model, or where it is
+    `answered`. The text of a perplexity task is its own answer; what is read as a whole has none.
 
     Args:
         mixture: the base with the adapters.
@@ -93,7 +127,9 @@ def own_answers(
         return [q.answers[0] for q in questions]
     if isinstance(ask, Generated) and (answered or is_encoder_decoder(mixture)):
         with mixture.active({adapter: 1.0}) as acting:
-            return generate_tokens(acting, mixture.tokenizer, questions, max_new_tokens=_most(ask), batch_size=16)
+            tokenizer, most = _tokenizer(mixture, texts), _most(ask)
+            found = generate_tokens(acting, tokenizer, questions, max_new_tokens=most, batch_size=16)
+        return [_until_media(acting, answer) for answer in found] if has_media_chats(texts.task) else found
     if not any(q.answers for q in questions):
         return [()] * len(questions)
     with mixture.active({adapter: 1.0}) as acting:
@@ -104,7 +140,7 @@ def own_answers(
 def passages_of(questions: Sequence[Question], answers: Sequence[Sequence[int]]) -> tuple[Passage, ...]:
     """Return questions with one answer each."""
     return tuple(
-        Passage(tuple(q.prompt), tuple(a), tuple(q.lead), tuple(q.segments), tuple(q.places))
+        Passage(tuple(q.prompt), tuple(a), tuple(q.lead), tuple(q.segments), tuple(q.places), q.perceived)
         for q, a in zip(questions, answers, strict=True)
     )
 
@@ -132,22 +168,22 @@ def tokenize(
     Raises:
         TaskError: the base has no tokenizer, or one is longer than its context.
     """
-    ask, tokenizer, longest = texts.task.ask, mixture.tokenizer, 0
-    if tokenizer is None:
-        raise TaskError("the base model has no tokenizer, and the task's texts must be read.")
+    ask, tokenizer, longest = texts.task.ask, _tokenizer(mixture, texts), 0
     if isinstance(ask, Reading):
         readings = encode_readings(tokenizer, texts.task, ask, texts.prompts)
         check_lengths(mixture.model, [len(q.prompt) for q in readings])
         return readings, ()
     encoder_decoder = is_encoder_decoder(mixture)
     answered = answered or encoder_decoder
-    encoder = PromptEncoder(tokenizer, texts.task, encoder_decoder=encoder_decoder)
-    offered = texts.choices if answered or isinstance(ask, TargetLikelihood) else [()] * len(texts.prompts)
-    questions = encoder.encode(texts.prompts, offered)
+    encoder = PromptEncoder(tokenizer, texts.task, encoder_decoder=encoder_decoder, processor=_chat_processor(mixture, texts))
+    offered = texts.choices if answered or isinstance(ask, TargetLikelihood) else ((),) * len(texts.prompts)
+    given = offered if right is None else [(*some, text) for some, text in zip(offered, right, strict=True)]
+    questions = encoder.questions(texts.examples, given)
     free = isinstance(ask, (TargetLikelihood, Generated))
-    labels = () if free else tuple(tuple(dict.fromkeys(a[0] for a in q.answers)) for q in questions)
+    sides = [q.answers[: len(some)] for q, some in zip(questions, offered, strict=True)]
+    labels = () if free else tuple(tuple(dict.fromkeys(a[0] for a in answers)) for answers in sides)
     if right is not None:
-        questions = encoder.encode(texts.prompts, [(text,) for text in right])
+        questions = [replace(q, answers=q.answers[-1:]) for q in questions]
     elif isinstance(ask, Generated) and answered and not encoder_decoder:
         longest = _most(ask)  # tokens of an answer that is still to be written
     check_lengths(mixture.model, [len(q.prompt) + max(map(len, q.answers), default=longest) for q in questions])
@@ -161,4 +197,24 @@ def is_encoder_decoder(mixture: Mixture) -> bool:
 
 
 def _most(ask: Generated) -> int:
-    return min(_ANSWER, ask.max_new_tokens)
+    return ask.max_new_tokens if ask.transcript else min(_ANSWER, ask.max_new_tokens)
+
+
+def _chat_processor(mixture: Mixture, texts: Texts) -> Any:
+    """Return the processor of chats with images or sounds; None for other texts."""
+    column = texts.task.file_column
+    return None if column is None else mixture.processor(column.kind, chats=True)
+
+
+def _tokenizer(mixture: Mixture, texts: Texts) -> Any:
+    processor = _chat_processor(mixture, texts)
+    tokenizer = mixture.tokenizer if processor is None else processor.tokenizer
+    if tokenizer is None:
+        raise TaskError("the base model has no tokenizer, and the task's texts must be read.")
+    return tokenizer
+
+
+def _until_media(model: Any, answer: Sequence[int]) -> Sequence[int]:
+    """Return an answer up to the first token of an image or a sound, for which there would be none to read."""
+    marks = media_tokens(model)
+    return answer[: next((at for at, token in enumerate(answer, 1) if token in marks), len(answer))]

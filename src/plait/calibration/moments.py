@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import random
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -202,7 +201,7 @@ def without_padding(reader: Reader, passages: Sequence[Passage]) -> Iterator[lis
     """Yield batches in which nothing is padded: of equal lengths, up to a few thousand tokens; small ones of several lengths
     together, where the model reads such in one row.
     """
-    groups: dict[tuple[tuple[int, ...], int, int], list[Passage]] = defaultdict(list)
+    groups: dict[tuple[str, int, int], list[Passage]] = defaultdict(list)
     for passage in passages:
         groups[passage.form, len(passage.prompt), passage.tokens].append(passage)
     joins = len(groups) > 1 and reader.reads_in_one_row(passages)
@@ -214,7 +213,8 @@ def without_padding(reader: Reader, passages: Sequence[Passage]) -> Iterator[lis
                 row = []
             row += group
             continue
-        size = _BATCH_MEDIA if form else max(1, _BATCH_TOKENS // tokens)
+        size = max(1, _BATCH_TOKENS // max(1, tokens))
+        size = min(size, _BATCH_MEDIA) if form else size
         for at in range(0, len(group), size):
             yield group[at : at + size]
     if row:
@@ -248,7 +248,7 @@ def take_moments(
         until: every passage is read up to the first of these modules.
     """
     reader = Reader(model, head=head)
-    if passages[0].media is None:
+    if all(p.perceived is None for p in passages):
         shares = dict.fromkeys(modules, min(1.0, 2 * most_rows / sum(p.tokens for p in passages)))
     else:
         rows = _rows_of_largest(reader, modules, passages, until)
@@ -277,7 +277,7 @@ def _rows_of_largest(
     hooks = [m.register_forward_pre_hook(partial(count, path)) for path, m in modules.items()]
     try:
         with torch.inference_mode(), _ending_at(until), suppress(_Reached):
-            reader.read([max(passages, key=lambda p: (math.prod(p.form), p.tokens))])
+            reader.read([max(passages, key=lambda p: p.size)])
     finally:
         for hook in hooks:
             hook.remove()

@@ -2,7 +2,8 @@
 
 Differentiable, unlike the log-likelihoods of `evaluation`, and without a cache. Short passages of a causal model are packed in
 rows (see `packing`). Where that saves nothing, or a model cannot be read so, they are padded on the right without a mask, which
-is exact (no position sees a later one) and faster than a mask.
+is exact (no position sees a later one) and faster than a mask. Prompts with images or sounds have a mask, which some of their
+models must have, and share a batch where their inputs are of one form.
 """
 
 from __future__ import annotations
@@ -10,46 +11,35 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from plait.deferred import Tensor, torch
 from plait.errors import TaskError
-from plait.evaluation.model_calls import decoder_start
+from plait.evaluation.model_calls import decoder_start, form_of, perceived_of, refused_inputs
 from plait.evaluation.output_layer import only_positions
 from plait.evaluation.packing import PackedRows, pack_apart, pack_shared, packed_keywords, why_not_packed, worth_packing
 from plait.evaluation.vision import ClassTexts, class_vectors, likeness
 from plait.notices import announce
+from plait.tasks.perceiving import Perceived
 
 PAD = 0  # any token: padded positions are masked
 _BATCH_TEXTS = 64  # of classes, read at a time
 
 
-@dataclass(frozen=True, eq=False)
-class MediaInput:
-    """What a model is given of one image or sound.
-
-    Attributes:
-        name: of the argument of its forward.
-        values: in its dtype, on the processor, without the dimension of a batch.
-    """
-
-    name: str
-    values: Tensor
-
-
 @dataclass(frozen=True)
 class Passage:
-    """One text as tokens; or an image or a sound, and what is written of it as tokens.
+    """One text as tokens, with its images or sounds; or an image or a sound, and what is written of it as tokens.
 
     Attributes:
-        prompt: read by the model, or by the encoder of an encoder-decoder model; empty only where there is `media`.
+        prompt: read by the model, or by the encoder of an encoder-decoder model; empty only where an image or a sound is read
+            in its place.
         answer: the tokens whose distributions are compared; empty where a head answers.
-        lead: what a decoder of its own reads before the answer, after its start token; with `media` that token too, since it
-            is not always the first.
+        lead: what a decoder of its own reads before the answer, after its start token; without a prompt that token too, since
+            it is not always the first.
         segments: which text of a pair every token is of; empty where all are of one.
         places: at which tokens a head answers, or a model with CTC at which moments of a sound; empty where it answers once.
-        media: an image or a sound, read in place of a prompt.
+        perceived: what the model is given of the prompt's images or sounds, or of the one in its place.
         classes: the texts that an image is compared with, where a head has no part.
     """
 
@@ -58,7 +48,7 @@ class Passage:
     lead: tuple[int, ...] = ()
     segments: tuple[int, ...] = ()
     places: tuple[int, ...] = ()
-    media: MediaInput | None = None
+    perceived: Perceived | None = None
     classes: ClassTexts | None = None
 
     @property
@@ -72,9 +62,14 @@ class Passage:
         return len(self.prompt) + len(self.lead) + len(self.answer)
 
     @property
-    def form(self) -> tuple[int, ...]:
-        """The shape of an image's or a sound's input, of which a batch has one; empty for a text."""
-        return () if self.media is None else tuple(self.media.values.shape)
+    def form(self) -> str:
+        """Names and sizes of the inputs of images or sounds, of which a batch has one form; empty for a text."""
+        return form_of(self)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """How much is read: numbers of images and sounds, and tokens."""
+        return (0 if self.perceived is None else self.perceived.size), self.tokens
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,14 +77,16 @@ class _Input:
     """What a model is given, and where in its output the answers' distributions are, one after the other.
 
     Attributes:
-        keywords: of its forward.
+        keywords: of its forward, besides `perceived`.
         rows: (Σ positions,) int64.
         columns: (Σ positions,) int64.
+        perceived: what it is given of images or sounds.
     """
 
     keywords: dict[str, Any]
     rows: Tensor
     columns: Tensor
+    perceived: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Reader:
@@ -125,12 +122,11 @@ class Reader:
         sequences = [self._sequence(p) for p in passages]
         one_row = len(set(map(len, sequences))) > 1
         given = self._packed_input(pack_apart(sequences), passages) if one_row else self._padded_input(passages)
-        with self._gathering(given):
-            self._model(**given.keywords)
+        self._call(given)
 
     def reads_in_one_row(self, passages: Sequence[Passage]) -> bool:
         """Return whether the model reads passages of different lengths in one row as it reads each alone."""
-        if self._head or self._encoder_decoder or any(p.media for p in passages):
+        if self._head or self._encoder_decoder or any(p.perceived for p in passages):
             return False
         return self._packs(passages)
 
@@ -149,8 +145,7 @@ class Reader:
         if (classes := passages[0].classes) is not None:
             return self._likeness(passages, classes), ()
         given = self._input(passages)
-        with self._gathering(given) as gathered:
-            out = self._model(**given.keywords, **more)
+        out, gathered = self._call(given, **more)
         if self._head and getattr(out, "logits", None) is None:
             raise TaskError(f"{type(self._model).__name__} has no head, and the task's labels are answered by one.")
         hidden = getattr(out, "decoder_hidden_states", None) or getattr(out, "hidden_states", None) or ()
@@ -162,8 +157,13 @@ class Reader:
 
     def _likeness(self, passages: Sequence[Passage], classes: ClassTexts) -> Tensor:
         """Return how like each image is to each class, (B, classes) float32; images and texts are read with what acts."""
-        (pixels,) = _stacked(passages, self._model.device).values()
+        (pixels,) = perceived_of(passages, self._model).values()
         return likeness(self._model, pixels, class_vectors(self._model, classes, _BATCH_TEXTS))
+
+    def _call(self, given: _Input, **more: Any) -> tuple[Any, bool]:
+        """Return the model's output, and whether it holds the logits of the wanted positions alone."""
+        with self._gathering(given) as gathered, refused_inputs(self._model, given.perceived):
+            return self._model(**given.keywords, **given.perceived, **more), bool(gathered)
 
     def _gathering(self, given: _Input) -> AbstractContextManager[Any]:
         return only_positions(self._model, given.rows, given.columns) if self._writes(given) else nullcontext()
@@ -173,7 +173,7 @@ class Reader:
         return not self._head and any(name.endswith("input_ids") for name in given.keywords)
 
     def _input(self, passages: Sequence[Passage]) -> _Input:
-        if self._head or self._encoder_decoder or passages[0].media is not None:
+        if self._head or self._encoder_decoder or passages[0].perceived is not None:
             return self._padded_input(passages)
         sequences = [self._sequence(p) for p in passages]
         packed = pack_shared(sequences)
@@ -186,16 +186,18 @@ class Reader:
         if self._head:
             return passage.prompt
         answer = passage.answer[:-1]
-        if passage.media is not None:
+        if passage.perceived is not None and not passage.prompt:
             return (*passage.lead, *answer)
         return (decoder_start(self._model), *passage.lead, *answer) if self._encoder_decoder else (*passage.prompt, *answer)
 
     def _padded_input(self, passages: Sequence[Passage]) -> _Input:
         sequences = [self._sequence(p) for p in passages]
-        media = _stacked(passages, self._model.device)
-        if media and (self._head or not self._encoder_decoder):
+        perceived = perceived_of(passages, self._model, max(map(len, sequences)))
+        in_place = bool(perceived) and not passages[0].prompt
+        if in_place and (self._head or not self._encoder_decoder):
             at = [(i, column) for i, p in enumerate(passages) for column in p.places or [0]]
-            return _Input(media, *torch.tensor(at, device=self._model.device).unbind(1))
+            rows, columns = torch.tensor(at, device=self._model.device).unbind(1)
+            return _Input({}, rows, columns, perceived)
         ids, mask = _padded(sequences, self._model.device)
         places = [(i, range(len(s))) for i, s in enumerate(sequences)]
         if self._head:
@@ -203,14 +205,18 @@ class Reader:
             if any(p.segments for p in passages):
                 keywords["token_type_ids"] = _padded([p.segments or [0] * len(p.prompt) for p in passages], ids.device)[0]
             at = [(i, column) for i, p in enumerate(passages) for column in p.places or [len(p.prompt) - 1]]
-            return _Input(keywords, *torch.tensor(at, device=ids.device).unbind(1))
+            rows, columns = torch.tensor(at, device=ids.device).unbind(1)
+            return _Input(keywords, rows, columns)
         keywords = {"input_ids": ids}
-        if media:
-            keywords = {**media, "decoder_input_ids": ids}
+        if in_place:
+            keywords = {"decoder_input_ids": ids}
+        elif perceived:
+            keywords["attention_mask"] = mask  # which some of these models must have
         elif self._encoder_decoder:
             prompts, mask = _padded([p.prompt for p in passages], ids.device)
             keywords = {"input_ids": prompts, "attention_mask": mask, "decoder_input_ids": ids}
-        return _Input({**keywords, "use_cache": False}, *_answers(passages, places, ids.device))
+        rows, columns = _answers(passages, places, ids.device)
+        return _Input({**keywords, "use_cache": False}, rows, columns, perceived)
 
     def _packed_input(self, packed: PackedRows, passages: Sequence[Passage]) -> _Input:
         return _Input(packed_keywords(self._model, packed), *_answers(passages, packed.places, self._model.device))
@@ -227,17 +233,11 @@ class Reader:
 
 
 def _of_one_form(passages: Sequence[Passage]) -> Iterator[list[int]]:
-    """Yield the indices of passages that one pass reads: texts all, images and sounds of one shape."""
-    groups: dict[tuple[int, ...], list[int]] = {}
+    """Yield the indices of passages that one pass reads: texts all, images and sounds of one form."""
+    groups: dict[str, list[int]] = {}
     for i, passage in enumerate(passages):
         groups.setdefault(passage.form, []).append(i)
     yield from groups.values()
-
-
-def _stacked(passages: Sequence[Passage], device: torch.device) -> dict[str, Tensor]:
-    """Return a batch of images or sounds by the name of the model's argument; nothing of texts."""
-    media = [p.media for p in passages if p.media is not None]
-    return {media[0].name: torch.stack([m.values for m in media]).to(device)} if media else {}
 
 
 def _answers(

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from plait.calibration.passages import MediaInput, Passage
+from plait.calibration.passages import Passage
 from plait.calibration.texts import Texts
 from plait.errors import TaskError
 from plait.evaluation import hearing, vision
@@ -17,13 +17,15 @@ from plait.evaluation.transcribing import Transcript, beginning, transcript_toke
 from plait.mixture import Mixture
 from plait.tasks.asking import ClassPrompts, Transcribed
 from plait.tasks.hearing import sample_counts
+from plait.tasks.perceiving import Perceived
+from plait.tasks.schema import has_media_chats
 
 _BATCH = 16  # images or sounds at a time
 
 
 def is_perceived(texts: Texts) -> bool:
-    """Whether a task's texts are images or sounds."""
-    return texts.task.file_column is not None
+    """Whether a task's texts are images or sounds in place of prompts; those in chats are read with the chats."""
+    return texts.task.file_column is not None and not has_media_chats(texts.task)
 
 
 def check_perceived(mixture: Mixture, texts: Texts, *, right: Sequence[str] | None = None) -> None:
@@ -94,12 +96,12 @@ def perceived_passages(
     ask, tokenizer = texts.task.ask, mixture.tokenizer
     if isinstance(ask, ClassPrompts):
         classes = vision.class_texts(model, tokenizer, ask.texts)
-        return tuple(Passage(media=one, classes=classes) for one in media)
+        return tuple(Passage(perceived=one, classes=classes) for one in media)
     if not isinstance(ask, Transcribed):
-        return tuple(Passage(media=one) for one in media)
+        return tuple(Passage(perceived=one) for one in media)
     if not model.config.is_encoder_decoder:
         moments = [len(one.tokens) for one in _written(mixture, texts, adapter, ask, report)]
-        return tuple(Passage(media=one, places=tuple(range(n))) for one, n in zip(media, moments, strict=True))
+        return tuple(Passage(perceived=one, places=tuple(range(n))) for one, n in zip(media, moments, strict=True))
     first, items = _beginnings(mixture, texts), texts.examples.items
     if right is not None:
         answers = [
@@ -109,7 +111,7 @@ def perceived_passages(
     else:
         answers = [one.tokens for one in _written(mixture, texts, adapter, ask, report)]
     return tuple(
-        Passage(answer=answer, lead=tuple(first[e.text or ""]), media=one)
+        Passage(answer=answer, lead=tuple(first[e.text or ""]), perceived=one)
         for e, answer, one in zip(items, answers, media, strict=True)
     )
 
@@ -132,19 +134,19 @@ def _written(
         )
 
 
-def _inputs(mixture: Mixture, texts: Texts) -> list[MediaInput]:
+def _inputs(mixture: Mixture, texts: Texts) -> list[Perceived]:
     """Return the model's input of every image or sound, in their order."""
     model: Any = mixture.model
     processor, items = _processor(mixture, texts), texts.examples.items
     images = [e.image for e in items if e.image is not None]
     if images:
         rows = (row for batch in vision.seen(model, processor, images, _BATCH) for row in batch.cpu())
-        return [MediaInput("pixel_values", row) for row in rows]
+        return [Perceived({"pixel_values": row[None]}) for row in rows]
     writes = isinstance(texts.task.ask, Transcribed) and model.config.is_encoder_decoder
     name = model.main_input_name if writes else processor.model_input_names[0]
     found = {}
     for batch, given in hearing.heard(model, processor, texts.examples, _BATCH):
-        found.update({i: MediaInput(name, row) for i, row in zip(batch, given.cpu(), strict=True)})
+        found.update({i: Perceived({name: row[None]}) for i, row in zip(batch, given.cpu(), strict=True)})
     return [found[i] for i in range(len(items))]
 
 

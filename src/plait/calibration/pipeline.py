@@ -13,13 +13,12 @@ from itertools import count, takewhile
 from pathlib import Path
 
 from plait.adapters.adapter import Adapter
-from plait.calibration.inputs import check_texts, encode_texts
+from plait.calibration.inputs import check_texts, encode_texts, load_for_texts
 from plait.calibration.moments import take_moments
 from plait.calibration.record import CALIBRATION, CalibratedAdapter, CalibrationRecord
 from plait.calibration.request import CalibrationRequest, locked_request, read_calibration
 from plait.calibration.sequential import merge_layer_by_layer
 from plait.errors import AdapterError, OutputError
-from plait.evaluation.loaded_base import LoadedBase
 from plait.evaluation.scores import digest
 from plait.extras import require
 from plait.hub.pretrained import LoadOptions
@@ -230,9 +229,10 @@ def load_base(request: CalibrationRequest, progress: Progress) -> Mixture:
     """Load the base with the adapters of a request.
 
     Raises:
-        TaskError: texts are longer than its context.
+        PlaitError: its processor does not take the texts, it cannot be loaded, or texts are longer than its context.
     """
-    mixture = LoadedBase(request.base.folder, request.inventory.adapters, request.options, progress).mixture
+    adapters, texts = request.inventory.adapters, request.texts.values()
+    mixture = load_for_texts(request.base.folder, adapters, request.options, texts, progress)
     check_texts(mixture, request.texts)
     return mixture
 

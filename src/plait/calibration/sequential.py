@@ -63,7 +63,8 @@ def merge_layer_by_layer(
     plan = make_plan(inventory, workers=workers)
     combiner = Engine(inventory, plan, workers=workers, progress=progress).prepare()
     modules = {m.target: mixture.module(m.target) for m in plan.modules}
-    layers = _layers(mixture, modules, next(iter(passages.values()))[0], head=next(iter(heads.values())))
+    name, passage = max(((n, p) for n, some in passages.items() for p in some), key=lambda pair: pair[1].size)  # sees and hears
+    layers = _layers(mixture, modules, passage, head=heads[name])
     merged: list[MergedModule] = []
     progress.start("layers", len(layers) * len(inventory.adapters), "passes")
     try:

@@ -36,7 +36,7 @@ _SHOWN = 3
 
 @dataclass(frozen=True)
 class Texts:
-    """The texts of one task; its images or sounds, where it has such.
+    """The texts of one task; its images or sounds, or chats with such.
 
     Attributes:
         task: whose prompt they are in.
@@ -71,7 +71,7 @@ class Texts:
         """Hash of everything that is read, 16 hex digits."""
         read: object = (self.prompts, self.choices)
         if self.task.file_column is not None:
-            read = [e.question for e in self.examples.items]
+            read = [e.id if e.target else e.question for e in self.examples.items]
         return hashlib.sha256(repr(read).encode()).hexdigest()[:16]
 
     def take(self, indices: Sequence[int]) -> Texts:
@@ -137,26 +137,15 @@ def read_texts(
 
 
 def _check_files(task: RowTask, column: FileColumn, kind: TextKind) -> None:
-    """Refuse what cannot be read of a task of images or sounds."""
-    if problem := chat_problem(task):
-        raise TaskError(problem)
+    """Refuse what cannot be read of a task with images or sounds."""
     if kind in ("lines", "template"):
+        columns = list(dict.fromkeys([column.name, *fields_of(task)]))
+        rows = f"rows with the column{'s' * (len(columns) > 1)} {', '.join(map(repr, columns))}"
         raise TaskError(
             f"task {task.name!r} ({task.kind}): no text can replace an {column.kind} file, so that plait has none to read. "
-            f"Give the task a split 'calibration' or 'train' (or --split NAME), or --texts {task.name}=FILE: rows with the "
-            f"column {column.name!r}, or a folder of such files. No label is read."
+            f"Give the task a split 'calibration' or 'train' (or --split NAME), or --texts {task.name}=FILE: {rows}"
+            f"{', or a folder of such files' * (len(columns) == 1)}. No label is read."
         )
-
-
-def chat_problem(task: RowTask) -> str | None:
-    """Return, in words, why a task's chats cannot be read to calibrate and tune; None where they can."""
-    column = task.file_column
-    if column is None or getattr(task, "messages", None) is None:
-        return None
-    return (
-        f"task {task.name!r} ({task.kind}): chats with {column.kind} files are not covered to calibrate and tune. Methods "
-        "without moments merge such adapters; plait eval and plait sweep have such tasks."
-    )
 
 
 def answer_problem(task: Task) -> str | None:

@@ -27,7 +27,7 @@ from plait.tasks.asking import ClassPrompts, Transcribed
 from plait.tasks.examples import Examples
 from plait.tasks.inputs import FileKind
 from plait.tasks.perceiving import ChatProcessor
-from plait.tasks.schema import Task
+from plait.tasks.schema import Task, has_media_chats
 from plait.tensorfiles.formats import open_tensors
 
 _NARROW = {"BF16": torch.bfloat16, "F16": torch.float16}
@@ -83,7 +83,7 @@ class LoadedBase:
         column = getattr(task, "file_column", None)
         if column is None:
             return Readers(self.tokenizer)
-        if getattr(task, "messages", None) is not None:
+        if has_media_chats(task):
             return Readers(None, self._chat_processor(column.kind))
         tokenizer = self.tokenizer if isinstance(task.ask, (ClassPrompts, Transcribed)) else None
         return Readers(tokenizer, self.mixture.processor(column.kind))
@@ -96,7 +96,7 @@ class LoadedBase:
         """
         task = examples.task
         column = getattr(task, "file_column", None)
-        if column is not None and getattr(task, "messages", None) is not None:
+        if column is not None and has_media_chats(task):
             ChatProcessor(self._chat_processor(column.kind), column.kind, task.where).check(examples)
 
     def _chat_processor(self, kind: FileKind) -> Any:

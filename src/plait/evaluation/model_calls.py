@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 
-from plait.errors import TaskError
+from plait.errors import PlaitError, TaskError
 from plait.libraries import transformers as library
-from plait.tasks.encoding import Question
+from plait.tasks.perceiving import Perceived
 
 #: Called with how many were finished since it was last called.
 StepListener: TypeAlias = Callable[[int], object]
@@ -88,12 +88,20 @@ def padded(rows: Sequence[Sequence[int]], device: torch.device, pad: int = 0, *,
     return ids.to(device), mask.to(device)
 
 
-def form_of(question: Question) -> str:
+class Asked(Protocol):
+    """A prompt, which may have images or sounds."""
+
+    @property
+    def perceived(self) -> Perceived | None:
+        """What a model is given of them; None where there are none."""
+
+
+def form_of(question: Asked) -> str:
     """Return what must be the same of questions that share a batch: of images or sounds the names and sizes of inputs."""
     return "" if question.perceived is None else question.perceived.form
 
 
-def perceived_of(questions: Sequence[Question], model: Any, width: int | None = None) -> dict[str, Tensor]:
+def perceived_of(questions: Sequence[Asked], model: Any, width: int | None = None) -> dict[str, Tensor]:
     """Return what a model is given of the images or sounds of questions of one form, where they have some.
 
     Args:
@@ -129,7 +137,7 @@ def refused_inputs(model: Any, perceived: Mapping[str, Tensor]) -> Iterator[None
     """
     try:
         yield
-    except torch.OutOfMemoryError:
+    except (PlaitError, torch.OutOfMemoryError):
         raise
     except (TypeError, ValueError, RuntimeError, IndexError, KeyError) as error:
         if not perceived:

@@ -7,6 +7,7 @@ How a model takes up what it has already read is asked of the model, not known b
 from __future__ import annotations
 
 import inspect
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -52,6 +53,7 @@ CONV1D_MODELS = frozenset({"gpt2", "openai-gpt", "decision_transformer", "imageg
 #: The order in which modules of fused experts declare their parameters.
 EXPERT_PARAMETERS = ("gate_up_proj", "gate_proj", "w1", "up_proj", "w3", "down_proj", "w2")
 _CONVERTS_FROM = 5  # the version since which parameters are not called as in a checkpoint
+_MEDIA_TOKEN = re.compile(r".*(image|video|vision|audio).*token_(id|index)")  # of configurations
 _KNOWN_ARGUMENTS = ("cache", "past_key_values")
 _MASKED_ATTENTION = frozenset({"sdpa", "eager"})  # implementations that add a mask (B, 1, L, L) to what they compute
 _CONTINUED_LAYERS = frozenset({"full_attention", "sliding_attention"})
@@ -402,6 +404,12 @@ def text_class(model_type: str) -> str | None:
     known = optional("transformers.models.auto.modeling_auto", "eval", "a live model")
     name = known.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type)
     return name if isinstance(name, str) else None
+
+
+def media_tokens(model: Any) -> frozenset[int]:
+    """Return the tokens of images, videos and sounds in a text, and those around them, as a configuration names them."""
+    named = (value for name, value in vars(model.config).items() if _MEDIA_TOKEN.fullmatch(name))
+    return frozenset(value for value in named if isinstance(value, int))
 
 
 def position_shift(model: Any) -> Any:

@@ -19,7 +19,7 @@ from plait.adapters.writing import output_dtype
 from plait.errors import PlanError, TaskError, collect, did_you_mean
 from plait.extras import require
 from plait.hub.download import resolve_model
-from plait.hub.pretrained import load_feature_extractor, load_image_processor
+from plait.hub.pretrained import load_chat_processor, load_feature_extractor, load_image_processor
 from plait.merging.engine import MergedModule
 from plait.merging.heads import same_full_tensors
 from plait.mixture.arrangement import Arrangement
@@ -142,22 +142,27 @@ class Mixture:
         loaded._files = resolve_model(str(base)).folder, trust_remote_code
         return loaded
 
-    def processor(self, kind: Literal["image", "audio"]) -> Any:
+    def processor(self, kind: Literal["image", "audio"], *, chats: bool = False) -> Any:
         """Return what makes the base's inputs of images, or of sounds, as transformers has it; loaded once.
+
+        Args:
+            kind: of the files.
+            chats: what makes those of chats with such, its tokenizer included.
 
         Raises:
             TaskError: the base has none, it cannot be loaded, or the base was not loaded from files.
             MissingPackageError: what decodes such files is not installed.
         """
-        if kind not in self._processors:
+        name = f"chats with {kind}" if chats else kind
+        if name not in self._processors:
             if self._files is None:
                 raise TaskError(f"the base is in memory alone, without the files that say how it reads {kind} files.")
             what, needed = ("images", {"vision": ["PIL"]}) if kind == "image" else ("sounds", {"audio": ["soundfile"]})
             require(f"a model of {what}", needed)
             load = load_image_processor if kind == "image" else load_feature_extractor
             folder, trust_remote_code = self._files
-            self._processors[kind] = load(folder, trust_remote_code=trust_remote_code)
-        return self._processors[kind]
+            self._processors[name] = (load_chat_processor if chats else load)(folder, trust_remote_code=trust_remote_code)
+        return self._processors[name]
 
     @contextmanager
     def active(self, weights: Mapping[str, float] | None, *, heads: str | bool = True) -> Iterator[nn.Module]:

@@ -22,21 +22,24 @@ class Perceived:
     """What a model is given of a prompt besides its tokens.
 
     Args:
-        make: makes the tensors, by their names: of one row, or of as many as there are images, patches or sounds.
-        tensors: those that it makes.
-        kept: whether they are kept, not made again.
+        tensors: by their names: of one row, or of as many as there are images, patches or sounds.
+        again: makes them again, where they are not to be kept; None: they are kept.
 
     Attributes:
         form: names and sizes of a row; prompts of one form and one length share a batch.
+        size: how many numbers the tensors hold.
     """
 
-    def __init__(self, make: Callable[[], Mapping[str, Any]], tensors: Mapping[str, Any], *, kept: bool) -> None:
-        self._make, self._kept = make, tensors if kept else None
+    def __init__(self, tensors: Mapping[str, Any], again: Callable[[], Mapping[str, Any]] | None = None) -> None:
+        self._kept, self._again = tensors if again is None else None, again
         self.form = repr([(name, tuple(tensor.shape[1:])) for name, tensor in sorted(tensors.items())])
+        self.size = sum(tensor.numel() for tensor in tensors.values())
 
     def tensors(self) -> Mapping[str, Any]:
         """Return the tensors; what belongs to tokens has one row, (1, tokens)."""
-        return self._make() if self._kept is None else self._kept
+        if self._again is not None:
+            return self._again()
+        return self._kept or {}
 
 
 class ChatProcessor:
@@ -122,7 +125,7 @@ class ChatProcessor:
         size = sum(value.numel() * value.element_size() for value in made.values())
         kept = self._held + size <= _ROOM
         self._held += size * kept
-        return ids, Perceived(lambda: {k: v for k, v in make().items() if k != "input_ids"}, made, kept=kept)
+        return ids, Perceived(made, None if kept else lambda: {k: v for k, v in make().items() if k != "input_ids"})
 
     def _given(self, files: Sequence[bytes]) -> dict[str, Any]:
         if self._kind == "image":

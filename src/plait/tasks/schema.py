@@ -391,6 +391,11 @@ def chat_inputs(messages: Sequence[Message], column: FileColumn | None, where: s
     return with_files
 
 
+def has_media_chats(task: Task) -> bool:
+    """Whether a task's chats hold images or sounds."""
+    return getattr(task, "file_column", None) is not None and getattr(task, "messages", None) is not None
+
+
 def _check_kind(offered: object) -> None:
     if not (isinstance(offered, type) and issubclass(offered, Task)):
         raise TypeError(f"an entry point of plait.task_kinds must name a subclass of plait.tasks.schema.Task, got {offered!r}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from plait.calibration.texts import MOST_TEXTS, Texts, chat_problem, chosen_rows
+from plait.calibration.texts import MOST_TEXTS, Texts, chosen_rows
 from plait.errors import TaskError
 from plait.recipes.tuning import TuneSpec
 from plait.tasks.asking import TargetLikelihood
@@ -21,8 +21,6 @@ def read_labeled(task: Task, spec: TuneSpec) -> tuple[Texts, tuple[str, ...]]:
     """
     if not isinstance(task, RowTask):
         raise TaskError(f"task {task.name!r} ({task.kind}) has no prompt of its own to put texts into; use a task file.")
-    if problem := chat_problem(task):
-        raise TaskError(problem)
     if task.name in spec.files or spec.texts in ("lines", "template"):
         given = "a file" if task.name in spec.files else f"texts: {spec.texts}"
         raise TaskError(

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import torch
 
-from plait.calibration.inputs import check_texts
+from plait.calibration.inputs import check_texts, load_for_texts
 from plait.calibration.rebuilding import check_same_texts, request_of
 from plait.calibration.request import base_digests, base_of, locked_request
 from plait.calibration.texts import Texts
 from plait.errors import OutputError, PlanError
-from plait.evaluation.loaded_base import LoadedBase, with_used_dtype
+from plait.evaluation.loaded_base import with_used_dtype
 from plait.evaluation.scores import adapter_digest, digest
 from plait.extras import require
 from plait.hub.pretrained import LoadOptions
@@ -160,7 +160,7 @@ def _run(
     working = WorkingState(tuning_folder(out), _digest(inventory.recipe, options, texts, right, owners, content))
     clock.lap("check")
 
-    mixture = LoadedBase(base.folder, inventory.adapters, options.load, progress).mixture
+    mixture = load_for_texts(base.folder, inventory.adapters, options.load, texts.values(), progress)
     clock.lap("load")
     lessons = _lessons(mixture, texts, right, owners, progress)
     clock.lap("answers of the adapters")

@@ -40,7 +40,7 @@ class Lesson(AnsweredTexts):
     @property
     def is_alone(self) -> bool:
         """Whether a pass reads nothing but this lesson's: it has a head of its own, or images or sounds."""
-        return self.head or self.passages[0].media is not None
+        return self.head or self.passages[0].perceived is not None
 
     def outputs(self, model: Any, wanted: Sequence[int]) -> BatchOutputs:
         """Return what acts now answers to some passages, with everything that an objective may compare it with."""

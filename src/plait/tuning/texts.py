@@ -11,7 +11,7 @@ from plait.errors import TaskError, collect
 from plait.merging.inventory import Inventory
 from plait.recipes.schema import Recipe
 from plait.recipes.tuning import LABELED
-from plait.tasks.asking import ClassPrompts, Head, Transcribed
+from plait.tasks.asking import ClassPrompts, Generated, Head, Transcribed
 from plait.tuning.held_out import SplitLessons
 from plait.tuning.labels import read_labeled
 from plait.tuning.record import SeenTexts
@@ -44,7 +44,7 @@ def tuning_texts(
             f"task {t.name!r} ({t.kind}): objective 'adamerging' is the entropy of one decision, and the first token of a "
             "transcript decides nothing of the rest. Use 'distill', which reads no label either."
             for t in tasks
-            if isinstance(t.ask, Transcribed)
+            if isinstance(t.ask, Transcribed) or (isinstance(t.ask, Generated) and t.ask.transcript)
         ]
     owners = {t.name: t.own_adapter for t in tasks}
     if spec.objective not in LABELED:
