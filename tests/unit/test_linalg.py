@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from plait.linalg import blocks
 from plait.linalg.blocks import RowBlocks, block_ranges
 from plait.linalg.elect import agreement, elect_sign, merge_agreeing
-from plait.linalg.factored import frobenius_inner, left_basis, orient
+from plait.linalg.factored import frobenius_inner, left_basis, orient, orthonormal_rows
 from plait.linalg.finite import all_finite
 from plait.linalg.keyed import Key
 from plait.linalg.scratch import Scratch
@@ -214,6 +214,18 @@ def test_block_ranges_cover_every_row_once(m, n, elements) -> None:
     assert all((stop - start) * n <= max(n, elements) for start, stop in ranges)
 
 
+@pytest.mark.parametrize("dependent", [0.0, 1e-4, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_orthonormal_rows_are_orthogonal_to_others_whatever_they_add(dependent, dtype) -> None:
+    others = torch.linalg.qr(normal(60, 5)).Q.mT.to(dtype)
+    own, mixed = normal(4, 60, seed=1).to(dtype), normal(4, 5, seed=2).to(dtype) @ others
+    y = mixed * dependent * 1e4 + own * (dependent < 1)
+    found = orthonormal_rows(y, others)
+    joined = torch.cat([others, found]).double()
+    assert (joined @ joined.mT - torch.eye(9)).abs().max() < 100 * torch.finfo(dtype).eps
+    assert (y - y @ joined.to(dtype).mT @ joined.to(dtype)).norm() < 1e-5 * y.norm()
+
+
 @pytest.mark.parametrize(("hold", "kept"), [(0, 0), (24, 2), (1 << 20, 4)])
 def test_row_blocks_are_the_matrix(monkeypatch, hold, kept) -> None:
     """What is kept are whole blocks, of which there are four."""
@@ -227,8 +239,8 @@ def test_row_blocks_are_the_matrix(monkeypatch, hold, kept) -> None:
 
     matrix = RowBlocks((7, 5), rows, torch.float64)
     assert torch.equal(matrix.dense(), x)
-    torch.testing.assert_close(matrix.matmul(normal(5, 3)), x @ normal(5, 3))
-    torch.testing.assert_close(matrix.rmatmul(normal(7, 3)), x.mT @ normal(7, 3))
+    torch.testing.assert_close(matrix.rows_on_right(normal(3, 5)), normal(3, 5) @ x.mT)
+    torch.testing.assert_close(matrix.rows_on_left(normal(3, 7)), normal(3, 7) @ x)
     assert matrix.energy() == pytest.approx(float((x**2).sum()))
     ranges = [(0, 2), (2, 4), (4, 6), (6, 7)]
     assert calls == ranges + ranges[kept:] * 3

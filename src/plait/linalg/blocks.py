@@ -10,15 +10,17 @@ import math
 from collections.abc import Callable, Iterator
 
 from plait.deferred import Tensor, torch
-from plait.linalg.factored import Reduced, ThinSVD
-from plait.linalg.keyed import Key, normal
+from plait.linalg.factored import ThinSVD, orthonormal_rows
+from plait.linalg.keyed import Key, uniform
 
 RangeHint = Callable[[Tensor], Tensor]
 
 MATRIX_BLOCK_ELEMENTS = 1 << 19  # rows per block × columns: enough rows that products of factors run at full speed
-CACHED_ELEMENTS = 1 << 18  # work on single entries takes so many at a time, over all adapters: they stay in the cache
+CACHED_ELEMENTS = 1 << 19  # work on single entries takes so many at a time, over all adapters: they stay in the cache
 _CHANCE = 1e-3  # share of the random part in a sketch that has a hint
-_OVERSAMPLE = 16  # extra columns of a sketch
+_OVERSAMPLE = 16  # extra rows of a sketch
+_CONTINUED = 4  # so many directions beyond those that are wanted begin the next block
+_SETTLED = 0.1  # share of what a block gained that is left to those that do not begin the next one
 _TOLERANCE = 0.01  # share of its error that an iteration of the SVD must gain for another one
 HOLD_ELEMENTS = 1 << 26  # so much of a matrix is computed once and kept: 256 MiB in float32, any projection of an 8B model
 _SAFE = 1e-20  # a sum of squares in float32 below this may have lost some of them
@@ -47,7 +49,7 @@ class RowBlocks:
         self.dtype = dtype
         self.range_hint = range_hint
         self._rows = rows
-        self._held: Tensor | None = None  # the first rows
+        self._held: list[tuple[int, Tensor]] | None = None  # the first rows
         self._held_energy = 0.0
         self._energy: float | None = None
 
@@ -58,26 +60,22 @@ class RowBlocks:
             ValueError: `rows` returned another shape or dtype.
         """
         held = self._hold()
-        if len(held):
-            yield 0, held
-        yield from self._compute(len(held), self.shape[0])
+        yield from held
+        yield from self._compute(_end(held), self.shape[0])
 
     def release(self) -> None:
         """Give up the rows that are kept; they are computed again when they are wanted."""
         self._held = None
 
-    def _hold(self) -> Tensor:
-        """Return the rows that are kept; made, and their squares summed, the first time."""
+    def _hold(self) -> list[tuple[int, Tensor]]:
+        """Return the blocks that are kept; made, and their squares summed, the first time."""
         if self._held is None:
             m, n = self.shape
             step = _rows_per_block(n)
             # whole blocks: others would be computed with other round-off
             kept = m if m * n <= HOLD_ELEMENTS else HOLD_ELEMENTS // (step * n) * step
-            held, squares = torch.empty(kept, n, dtype=self.dtype), []
-            for start, block in self._compute(0, kept):
-                held[start : start + len(block)] = block
-                squares.append(_energy(block))
-            self._held, self._held_energy = held, sum(squares)
+            self._held = list(self._compute(0, kept))
+            self._held_energy = sum(_energy(block) for _, block in self._held)
         return self._held
 
     def _compute(self, first: int, end: int) -> Iterator[tuple[int, Tensor]]:
@@ -101,23 +99,31 @@ class RowBlocks:
         """Return the complete matrix, (m, n)."""
         return torch.cat([block for _, block in self])
 
-    def matmul(self, x: Tensor) -> Tensor:
-        """Return `self @ x` for x (n, k)."""
-        return torch.cat([block @ x for _, block in self])
-
-    def rmatmul(self, x: Tensor) -> Tensor:
-        """Return `selfᵀ @ x` for x (m, k)."""
-        out = torch.zeros(self.shape[1], x.shape[1], dtype=self.dtype)
+    def rows_on_right(self, x: Tensor) -> Tensor:
+        """Return `x @ selfᵀ`, (k, m), for x (k, n): few long rows are multiplied faster than few long columns."""
+        out = x.new_empty(len(x), self.shape[0])
         for start, block in self:
-            out.addmm_(block.mT, x[start : start + len(block)])
+            torch.mm(x, block.mT, out=out[:, start : start + len(block)])
+        return out
+
+    def rows_on_left(self, x: Tensor) -> Tensor:
+        """Return `x @ self`, (k, n), for x (k, m)."""
+        out = x.new_zeros(len(x), self.shape[1])
+        for start, block in self:
+            out.addmm_(x[:, start : start + len(block)], block)
         return out
 
     def energy(self) -> float:
         """Return the squared Frobenius norm; not finite when, and for float32 only when, an entry is not. Computed once."""
         if self._energy is None:
-            rest = self._compute(len(self._hold()), self.shape[0])
+            rest = self._compute(_end(self._hold()), self.shape[0])
             self._energy = self._held_energy + sum(_energy(block) for _, block in rest)
         return self._energy
+
+
+def _end(blocks: list[tuple[int, Tensor]]) -> int:
+    """Return the row after the last of these blocks."""
+    return blocks[-1][0] + len(blocks[-1][1]) if blocks else 0
 
 
 def _energy(block: Tensor) -> float:
@@ -146,17 +152,17 @@ def _rows_per_block(n: int) -> int:
 def truncated_svd(matrix: RowBlocks, rank: int, key: Key, *, iterations: int = 4) -> ThinSVD:
     """Compute the leading `rank` singular triplets of a matrix given by row blocks.
 
-    Halko, Martinsson & Tropp 2011 (arXiv:0909.4061), algorithms 4.4 and 5.1: randomized subspace iteration, with the shift of
-    Feng, Yu, Xie & Tang 2024 (arXiv:2404.09276), which hastens it where the spectrum hardly falls. Deviations: it ends when the
-    error ‖M − U S Vᵀ‖ fell by less than a share of itself (what is left to gain is less than that in practice), and it begins
-    with the matrix's `range_hint` where there is one. The sketch is drawn from `key`, never from a global generator. Where the
-    sketch would be half as wide as the matrix, a dense SVD is both exact and cheaper, and is used instead.
+    Musco & Musco 2015 (arXiv:1504.05477), algorithm 2: a randomized block Krylov method, which finds the triplets in the span
+    of all blocks so far. Deviations: a block begins with the leading directions found until then, a few more than are wanted;
+    it ends when the error ‖M − U S Vᵀ‖ fell by less than a share of itself (what is left to gain is less than that in
+    practice); and it begins with the matrix's `range_hint` where there is one. The sketch is drawn from `key`, never from a
+    global generator. Where the sketch would be half as wide as the matrix, a dense SVD is exact and cheaper, and used instead.
 
     Args:
         matrix: (m, n), float32 or float64.
         rank: number of triplets; at most min(m, n) are returned.
         key: of the random sketch.
-        iterations: at most, two passes each, and at least one.
+        iterations: at most, two passes each, after the first two passes.
     """
     m, n = matrix.shape
     rank = min(rank, m, n)
@@ -166,36 +172,45 @@ def truncated_svd(matrix: RowBlocks, rank: int, key: Key, *, iterations: int = 4
         return ThinSVD(u[:, :rank], s[:rank].double(), vh[:rank])
     total = matrix.energy()
     slack = torch.finfo(matrix.dtype).eps * total  # the round-off of a sum of squares
-    y = matrix.matmul(_sketch(matrix, key, width))
-    before = shift = 0.0
+    y = matrix.rows_on_right(_sketch(matrix, key, width))
+    q, z, gram = y.new_empty(0, m), y.new_empty(0, n), torch.empty(0, 0, dtype=torch.float64)
+    before = torch.zeros(rank, dtype=torch.float64)
     for done in range(iterations + 1):
-        u, s, v = _ritz(matrix, y)
-        found = float(s[:rank].square().sum())
-        if done == iterations or (done and found - before <= max(2 * _TOLERANCE * (total - found), slack)):
+        more = orthonormal_rows(y, q)
+        q, z = torch.cat([q, more]), torch.cat([z, matrix.rows_on_left(more)])
+        others = z.double() @ z[len(gram) :].double().mT
+        gram = torch.cat([torch.cat([gram, others[: len(gram)]], dim=1), others.mT])
+        squares, turn = (x.flip(-1) for x in torch.linalg.eigh(gram))
+        s, gained, before = squares.clamp_min(0).sqrt(), squares[:rank] - before, squares[:rank]
+        gain, left = float(gained.sum()), total - float(before.sum())
+        if done == iterations or (done and gain <= max(2 * _TOLERANCE * left, slack)):
             break
-        before, shift = found, max(shift, float(s[-1]) ** 2 / 2)
-        # (M Mᵀ − shift) u = σ (M v − shift / σ · u); the factor σ does not change the span, and float32 would lose it
-        y = matrix.matmul(v) - u * (shift / s.clamp_min(shift**0.5)).nan_to_num().to(u.dtype)
-    return ThinSVD(u, s, v.mT).head(rank)
+        # the largest triplets are found first: those that no longer gain do not begin the next block
+        first = int((gained.cumsum(0) <= _SETTLED * gain).sum()) if done else 0
+        last = min(rank + _CONTINUED, first + min(m, n) - len(q))
+        if last <= first:
+            break
+        y = matrix.rows_on_right(_rows_of_unit_norm(turn[:, first:last], s[first:last], s[0], z))
+    u = turn[:, :rank].to(q.dtype).mT @ q
+    return ThinSVD(u.mT, s[:rank], _rows_of_unit_norm(turn[:, :rank], s[:rank], s[0], z))
+
+
+def _rows_of_unit_norm(turn: Tensor, s: Tensor, largest: Tensor, z: Tensor) -> Tensor:
+    """Return turnᵀ z, (k, n), each row over its norm: the s (k,) that is not round-off of the largest."""
+    limits = torch.finfo(z.dtype)
+    norms = s.clamp_min(max(limits.eps * float(largest), limits.tiny))
+    return (turn.to(z.dtype).mT @ z) / norms.to(z.dtype).unsqueeze(1)
 
 
 def _sketch(matrix: RowBlocks, key: Key, width: int) -> Tensor:
-    """Return (n, width) random columns, turned toward where the hint has the leading row space."""
-    x = normal(key, matrix.shape[1], width, matrix.dtype)
+    """Return (width, n) random rows, turned toward where the hint has the leading row space."""
+    n = matrix.shape[1]
+    x = uniform(key, 0, width, n).to(matrix.dtype).mul_(2).sub_(1)
     if matrix.range_hint is None:
         return x
-    near = matrix.range_hint(x)
+    near = matrix.range_hint(x.mT).mT
     size = float(torch.linalg.vector_norm(near, dtype=torch.float64))
     if not 0 < size < math.inf:
         return x
     # some chance stays in: a hint of low rank leaves directions empty
     return _CHANCE * x + near * (float(torch.linalg.vector_norm(x)) / size)
-
-
-def _ritz(matrix: RowBlocks, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the singular triplets u (m, w), s (w,), v (n, w) of the matrix's projection on the columns of y (m, w)."""
-    q = Reduced.of(y)
-    z = matrix.rmatmul(q.basis)
-    q_z = Reduced.of(z if q.turn is None else z @ q.turn.to(z.dtype))  # of (n, w) = (qᵀ M)ᵀ
-    u, s, vh = torch.linalg.svd(q_z.r.mT, full_matrices=False)
-    return q.times(u), s, q_z.times(vh.mT)

@@ -32,7 +32,7 @@ def elect_sign(x: Tensor, vote: Vote) -> Tensor:
 
 def agreement(voters: Tensor, sign: Tensor, out: Tensor | None = None) -> Tensor:
     """Return 1 for voters (…, p, q) that agree with the elected sign (p, q), else 0; a zero never agrees."""
-    return torch.mul(voters, sign, out=out).clamp_min_(0).sign_()
+    return torch.mul(voters, sign, out=out).gt_(0)
 
 
 def merge_agreeing(x: Tensor, voters: Tensor, sign: Tensor, weights: Tensor, divisor: Divisor) -> Tensor:

@@ -59,7 +59,7 @@ class MagnitudeSelect:
                 self._dtype = np.uint32 if x.dtype == torch.float32 else np.uint64
                 self._windows = [[_Window.of_all(self._dtype)] for _ in self._windows]
         magnitude = np.array(np.iinfo(self._dtype).max >> 1, dtype=self._dtype)  # all bits but the sign's
-        room = tuple(np.empty(_PIECE, dtype) for dtype in (self._dtype, self._dtype, np.bool_))
+        room = tuple(np.empty(_PIECE, dtype) for dtype in (self._dtype, np.bool_, np.bool_))
         for row, windows in zip(x, self._windows, strict=True):
             open_windows = [window for window in windows if window is not None]
             patterns = row.flatten().numpy().view(self._dtype)
@@ -119,16 +119,18 @@ class _Window:
         """Return the window in which every magnitude is, by leading digits."""
         return _Window(dtype, 0, 1 << (_DIGIT - 1), 8 * np.dtype(dtype).itemsize - _DIGIT)  # the sign bit is 0
 
-    def count(self, bits: Bits, offset: Bits, mask: NDArray[np.bool_]) -> None:
+    def count(self, bits: Bits, above: NDArray[np.bool_], inside: NDArray[np.bool_]) -> None:
         """Count an array; the others are room of its length."""
-        size = self._units << self._shift
-        np.subtract(bits, self._dtype(self._low), out=offset)  # what is below wraps around, and so is not inside either
-        inside = np.compress(np.less(offset, self._dtype(size), out=mask), offset)  # several times faster than offset[mask]
-        above = int(np.count_nonzero(np.greater_equal(bits, self._dtype(self._low + size), out=mask)))
+        np.greater_equal(bits, self._dtype(self._low + (self._units << self._shift)), out=above)
+        np.greater_equal(bits, self._dtype(self._low), out=inside)
+        np.not_equal(inside, above, out=inside)
+        found = np.compress(inside, bits)  # several times faster than bits[inside]
+        found -= self._dtype(self._low)
+        more = int(np.count_nonzero(above))
         with self._lock:
-            self._above += above
-            self._kept.append(inside)
-            self._held += len(inside)
+            self._above += more
+            self._kept.append(found)
+            self._held += len(found)
             if self._held >= self._units:
                 self._add_up()
 

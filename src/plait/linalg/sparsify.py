@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Literal
 
-from plait.deferred import Tensor, torch
+from plait.deferred import Tensor, np, torch
 
 CountRule = Literal["floor", "ceil", "inclusive"]
 
@@ -28,7 +28,8 @@ def kept_count(entries: int, density: float, rule: CountRule) -> int:
 def keep_at_least(x: Tensor, thresholds: Tensor) -> Tensor:
     """Zero the entries of x (T, p, q) whose magnitude is below its row's threshold (T,)."""
     # hardshrink keeps what is strictly larger, in one pass: the next smaller number makes that "at least"
-    below = torch.nextafter(thresholds.to(x.dtype), torch.zeros((), dtype=x.dtype)).tolist()
+    bounds = thresholds.to(x.dtype).numpy()
+    below = np.nextafter(bounds, np.zeros_like(bounds)).tolist()
     out = torch.empty_like(x)
     for value, bound, place in zip(x, below, out, strict=True):
         torch.hardshrink(value, bound, out=place)

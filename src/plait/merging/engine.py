@@ -257,12 +257,14 @@ class Engine:
         """Run `work` on items in threads, a few ahead of the consumer, and yield results in order."""
         self._progress.start(stage, len(items))
         waiting: deque[Future[R]] = deque()
+        # a wide module in front leaves workers idle where few others are under way; dense results take room as they wait
+        most = self._workers + 1 if self._inventory.recipe.output.kind == "delta" else 2 * self._workers + 2
         queue = iter(items)
         try:
             while True:
                 for item in queue:
                     waiting.append(pool.submit(work, item))
-                    if len(waiting) >= self._workers + 1:
+                    if len(waiting) >= most:
                         break
                 if not waiting:
                     return

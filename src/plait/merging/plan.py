@@ -331,7 +331,7 @@ def _peak_bytes(inventory: Inventory, pipeline: Pipeline, modules: Sequence[Modu
         values = m.stack * both * (2 * sum(m.ranks.values()) + 2 * (m.rank or 0))
         if not pipeline.low_rank(inventory.recipe.space_name):
             entries = m.shape[0] * m.shape[1]
-            sketch = 4 * both * min((m.rank or 0) + 32, min(m.shape))
+            sketch = 10 * both * min((m.rank or 0) + 16, min(m.shape))
             values += min(entries, HOLD_ELEMENTS) + 3 * adapters * min(entries, MATRIX_BLOCK_ELEMENTS) + sketch
         elif not pipeline.is_linear:
             values += 4 * adapters * m.exact_rank * both

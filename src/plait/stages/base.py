@@ -47,6 +47,10 @@ class Block:
     keys: tuple[Key, ...]
     statistics: tuple[Tensor, ...]
 
+    def of(self, x: Tensor, statistics: tuple[Tensor, ...], skip: int = 0) -> Block:
+        """Return the block with other coordinates and statistics; x begins so many rows further down."""
+        return Block(x, self.weights, self.start + skip, self.keys, statistics)  # `replace` takes five times as long
+
     def weighted(self) -> Tensor:
         """Return wₜ xₜ, (T, p, q)."""
         return self.x * self.weights.to(self.x.dtype).view(-1, 1, 1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 from plait.deferred import Tensor
@@ -148,11 +148,10 @@ class Pipeline:
 
     def reach(self, block: Block, at: int) -> Block:
         """Return the block as the `at`-th stage on entries sees it: changed by those before it, with its own statistics."""
-        statistics = block.statistics
+        statistics, x = block.statistics, block.x
         for stage, count in zip(self.on_entries[:at], self._counts, strict=False):
-            x = stage.apply(replace(block, statistics=statistics[:count]))
-            block, statistics = replace(block, x=x), statistics[count:]
-        return replace(block, statistics=statistics[: self._counts[at]]) if at < len(self._counts) else block
+            x, statistics = stage.apply(block.of(x, statistics[:count])), statistics[count:]
+        return block.of(x, statistics[: self._counts[at]] if at < len(self._counts) else block.statistics)
 
     @property
     def _entrywise(self) -> tuple[EntryStage | EntryCombine, ...]:
