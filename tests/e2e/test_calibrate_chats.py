@@ -23,6 +23,7 @@ from plait.mixture import Mixture
 from plait.tasks.inputs import PLACE, Example
 from plait.tasks.loading import load_task
 from plait.tuning.teaching import make_lesson
+from plait.tuning.working import WorkingState
 from tests.calibrated import dense
 from tests.chat_models import save_chat_model
 from tests.command_line import exit_code
@@ -256,3 +257,34 @@ def test_what_does_not_suit_the_base_or_the_objective_is_refused(
     learn = {"objective": "adamerging", "granularity": "task"}
     with pytest.raises(PlaitError, match="the first token of a transcript decides nothing"):
         plait.tune(world.adapters("qwen2_audio"), out=tmp_path / "out", tune=learn, **world.given("qwen2_audio"))
+
+
+def test_modules_that_no_text_reaches(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What sees has nothing to see in tasks of text: no moments, and nothing to learn, also where a tuning goes on."""
+    changes: dict[str, Any] = {"image": None, "messages": None, "prompt": "{{ who }} {{ label }}:"}
+    changes["splits"] = {"calibration": {"rows": [0, 4]}}
+    tasks = [write(tmp_path / "tasks", "qwen2_vl", name, **changes) for name in NAMES]
+    pair, given = world.adapters("qwen2_vl"), {**world.given("qwen2_vl"), "tasks": tasks}
+    with pytest.raises(TaskError, match=r"adapter 'one': its texts do not reach \d of its modules \(.*visual\.blocks"):
+        plait.calibrate(pair, out=tmp_path / "refused", **given)
+    learn = {"steps": 2, "look_every": 1, "learning_rate": 0.012, "held_out": 0, "patience": 0}
+    how = {"method": "linear", "scale": 1.0, "tune": learn, **given}
+    plain = plait.tune(pair, out=tmp_path / "plain", **how)
+    assert plain.record.looks[-1].share < plain.record.start.share
+
+    save = WorkingState.save
+
+    def last(state: WorkingState, name: str, tensors: dict[str, torch.Tensor], info: dict[str, Any]) -> None:
+        save(state, name, tensors, info)
+        if "updates" in info:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(WorkingState, "save", last)
+        with pytest.raises(KeyboardInterrupt):
+            plait.tune(pair, out=tmp_path / "again", **how)
+    assert (tmp_path / ".again.tuning").is_dir()
+    again = plait.tune(pair, out=tmp_path / "again", **how)
+    assert again.record.losses == plain.record.losses
+    name = "adapter_model.safetensors"
+    assert (again.folder / name).read_bytes() == (plain.folder / name).read_bytes()

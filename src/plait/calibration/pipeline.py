@@ -18,7 +18,7 @@ from plait.calibration.moments import take_moments
 from plait.calibration.record import CALIBRATION, CalibratedAdapter, CalibrationRecord
 from plait.calibration.request import CalibrationRequest, locked_request, read_calibration
 from plait.calibration.sequential import merge_layer_by_layer
-from plait.errors import AdapterError, OutputError
+from plait.errors import AdapterError, OutputError, TaskError
 from plait.evaluation.scores import digest
 from plait.extras import require
 from plait.hub.pretrained import LoadOptions
@@ -157,6 +157,13 @@ def _take(request: CalibrationRequest, mixture: Mixture, adapter: Adapter, key: 
             )
     finally:
         progress.finish()
+    found = moments.found()
+    if lacking := [target for target in request.targets if target in adapter.targets and target not in found]:
+        raise TaskError(
+            f"adapter {name!r}: its texts do not reach {len(lacking)} of its modules ({', '.join(lacking[:3])}"
+            f"{', …' * (len(lacking) > 3)}), so that these have no second moments. Give it a task whose texts do, such as one "
+            "with images or sounds for what sees or hears, or take a method without moments."
+        )
     origin = MomentsOrigin(
         adapter=adapter.sha256(),
         base=request.base_digest,
@@ -166,7 +173,7 @@ def _take(request: CalibrationRequest, mixture: Mixture, adapter: Adapter, key: 
         key=key,
         plait=__version__,
     )
-    write_moments(file, moments.found(), origin)
+    write_moments(file, found, origin)
 
 
 def take_sequential_moments(

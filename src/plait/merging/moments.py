@@ -181,7 +181,10 @@ class Moments:
             where = f"{f'{file.path}: ' if file else ''}moments of {names[index]!r}, {module}"
             found = self.read(names[index], module, matrix)
             if found is None and module in self.targets[names[index]]:
-                raise AdapterError(f"{where}: there are none, and the adapter has the module.")
+                raise AdapterError(
+                    f"{where}: there are none, and the adapter has the module. Texts that do not reach it tell nothing of it: "
+                    "give a task whose texts do, or take a method without moments."
+                )
             if found is None or isinstance(found, InputRows):
                 return None if found is None else _checked_rows(found, d_in, where)
             return _checked(found, d_in, where).to(torch.float64, copy=True)

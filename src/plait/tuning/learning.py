@@ -30,6 +30,7 @@ from plait.tuning.selection import is_clearly_worse
 from plait.tuning.teaching import Hidden, Lesson, outputs_of
 from plait.tuning.working import WorkingState
 
+_AVERAGES = ("exp_avg", "exp_avg_sq")  # that AdamW keeps of a parameter
 _TOKENS = 1024  # padded tokens of several tasks' texts in one pass, at most
 
 
@@ -292,11 +293,12 @@ def _saved(
     tensors: dict[str, Tensor] = {f"kept.{name}": value for name, value in kept.items()}
     for name, p in learner.named().items():
         tensors[f"now.{name}"] = p
-        tensors |= {f"{key}.{name}": optimizer.state[p][key] for key in ("exp_avg", "exp_avg_sq")}
+        tensors |= {f"{key}.{name}": optimizer.state[p][key] for key in _AVERAGES if p in optimizer.state}
     info = {
         "looks": [h.model_dump(mode="json") for h in run.looks],
         "losses": run.losses,
         "step": run.step,
+        "updates": {name: int(optimizer.state[p]["step"]) for name, p in learner.named().items() if p in optimizer.state},
         "best": run.best.step,
         "kept": run.kept.step,
         "waited": run.waited,
@@ -322,12 +324,17 @@ def _resume(
     losses = [float(loss) for loss in info["losses"]]
     run = LearningRun(looks, losses, info["step"], best, kept, info["waited"], bool(info["ended"]))
     parts: dict[str, dict[str, Tensor]] = {}
+    updates = {name: info["updates"].get(name, 0) for name in learner.named()}  # none where no text reaches a parameter
+    if any(not isinstance(n, int) or not 0 <= n <= info["step"] for n in updates.values()):
+        raise ValueError(updates)
     for name, p in learner.named().items():
-        parts[name] = {key: tensors[f"{key}.{name}"].to(p.device) for key in ("now", "kept", "exp_avg", "exp_avg_sq")}
+        keys = ("now", "kept", *(_AVERAGES if updates[name] else ()))
+        parts[name] = {key: tensors[f"{key}.{name}"].to(p.device) for key in keys}
         if any(t.shape != p.shape or t.dtype != p.dtype or not all_finite(t) for t in parts[name].values()):
             raise ValueError(name)
     learner.load({name: part["now"] for name, part in parts.items()})
     for name, p in learner.named().items():
-        averages = {key: parts[name][key] for key in ("exp_avg", "exp_avg_sq")}
-        optimizer.state[p] = {"step": torch.tensor(float(run.step)), **averages}
+        if updates[name]:
+            averages = {key: parts[name][key] for key in _AVERAGES}
+            optimizer.state[p] = {"step": torch.tensor(float(updates[name])), **averages}
     return run, {name: part["kept"] for name, part in parts.items()}
