@@ -31,15 +31,19 @@ _ADDED = {
     ],
     "llava": ["<image>"],
     "qwen2_audio": ["<|audio_bos|>", "<|AUDIO|>", "<|audio_eos|>"],
+    "qwen2_5_omni": [
+        f"<|{name}|>" for name in ("audio_bos", "AUDIO", "audio_eos", "vision_bos", "IMAGE", "VIDEO", "vision_eos")
+    ],
 }
 _MARKS = {"qwen2_vl": "<|vision_start|><|image_pad|><|vision_end|>", "idefics3": "<image>", "llava": "<image>"}
-_MARKS["qwen2_audio"] = "<|audio_bos|><|AUDIO|><|audio_eos|>"
+_MARKS["qwen2_audio"] = _MARKS["qwen2_5_omni"] = "<|audio_bos|><|AUDIO|><|audio_eos|>"
 #: How the tests find modules of language, of what perceives, and between both, to adapt.
 TARGETS = {
     "qwen2_vl": r".*(q_proj|v_proj|visual.*(qkv|fc1|mlp\.[02]))",
     "idefics3": r".*(text_model.*(q_proj|v_proj)|vision_model.*(q_proj|fc1)|connector.*proj)",
     "llava": r".*(language_model.*(q_proj|v_proj)|vision_tower.*(q_proj|fc1)|multi_modal_projector.linear_1)",
     "qwen2_audio": r".*(language_model.*(q_proj|v_proj)|audio_tower.*(q_proj|fc1)|multi_modal_projector.linear)",
+    "qwen2_5_omni": r".*(language_model.*(q_proj|v_proj)|audio_tower.*(q_proj|fc1|proj))",
 }
 
 
@@ -56,6 +60,8 @@ def tokenizer(kind: str) -> PreTrainedTokenizerFast:
     special = {"bos_token": "<s>"} if kind == "llava" else {}
     found = byte_tokenizer(None, pad_token="<|pad|>", **special)
     found.add_special_tokens({"additional_special_tokens": _ADDED[kind]})
+    if kind == "qwen2_5_omni":
+        found._set_model_specific_special_tokens({f"{name.strip('<|>').lower()}_token": name for name in _ADDED[kind]})
     if kind == "llava":
         begin = ("<s>", found.convert_tokens_to_ids("<s>"))
         found.backend_tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[begin])
@@ -83,6 +89,24 @@ def fresh(kind: str) -> Any:
         audio = tokens.convert_tokens_to_ids("<|AUDIO|>")
         config = transformers.Qwen2AudioConfig(text_config=text, audio_config=sound, audio_token_index=audio)
         model = transformers.Qwen2AudioForConditionalGeneration(config)
+    elif kind == "qwen2_5_omni":
+        text["rope_parameters"] = {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 100.0}
+        sound = {"d_model": 16, "encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 24, "num_mel_bins": 8}
+        sound |= {"output_dim": 16, "n_window": 25, "max_source_positions": 50}
+        vision = {
+            "depth": 1,
+            "hidden_size": 16,
+            "num_heads": 2,
+            "intermediate_size": 24,
+            "patch_size": 4,
+            "out_hidden_size": 16,
+        }
+        named = {f"{name}_token_index": f"<|{name.upper()}|>" for name in ("audio", "image", "video")}
+        named |= {"audio_start_token_id": "<|audio_bos|>", "audio_end_token_id": "<|audio_eos|>"}
+        named |= {"vision_start_token_id": "<|vision_bos|>", "vision_end_token_id": "<|vision_eos|>"}
+        ids = {name: tokens.convert_tokens_to_ids(token) for name, token in named.items()}
+        config = transformers.Qwen2_5OmniThinkerConfig(text_config=text, audio_config=sound, vision_config=vision, **ids)
+        model = transformers.Qwen2_5OmniThinkerForConditionalGeneration(config)
     else:
         vision = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
         vision |= {"image_size": 8, "patch_size": 4}
@@ -119,6 +143,16 @@ def save_base(kind: str, folder: Path, model: Any = None) -> Path:
         size = {"size": {"longest_edge": 16}, "max_image_size": {"longest_edge": 8}}
         settings = {"image_processor_type": "Idefics3ImageProcessor", "processor_class": "Idefics3Processor", **size}
         (folder / "processor_config.json").write_text(json.dumps({"processor_class": "Idefics3Processor", "image_seq_len": 1}))
+    elif kind == "qwen2_5_omni":
+        _enclose(model, folder)
+        heard = {"feature_size": 8, "chunk_length": 1, "sampling_rate": 16000}
+        seen = {"image_processor_type": "Qwen2VLImageProcessor", "patch_size": 4, "merge_size": 2}
+        settings = {
+            "feature_extractor_type": "WhisperFeatureExtractor",
+            "processor_class": "Qwen2_5OmniProcessor",
+            **seen,
+            **heard,
+        }
     elif kind == "qwen2_audio":
         heard = {"feature_size": 8, "chunk_length": 1, "sampling_rate": 16000}  # one second
         settings = {"feature_extractor_type": "WhisperFeatureExtractor", "processor_class": "Qwen2AudioProcessor", **heard}
@@ -128,8 +162,21 @@ def save_base(kind: str, folder: Path, model: Any = None) -> Path:
         own = {"patch_size": 4, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
         (folder / "processor_config.json").write_text(json.dumps({"processor_class": "LlavaProcessor", **own}))
     (folder / "preprocessor_config.json").write_text(json.dumps(settings))
-    (folder / "chat_template.jinja").write_text(template(_MARKS[kind], "audio" if kind == "qwen2_audio" else "image"))
+    heard_alone = kind in ("qwen2_audio", "qwen2_5_omni")
+    (folder / "chat_template.jinja").write_text(template(_MARKS[kind], "audio" if heard_alone else "image"))
     return folder
+
+
+def _enclose(thinker: Any, folder: Path) -> None:
+    """Write a model that writes as a part of one that speaks too, as checkpoints have it."""
+    config = transformers.Qwen2_5OmniConfig(
+        thinker_config=thinker.config.to_dict(), talker_config={}, token2wav_config={}, enable_audio_output=False
+    )
+    complete = transformers.Qwen2_5OmniForConditionalGeneration(config)
+    complete.thinker.load_state_dict(thinker.state_dict())
+    complete.save_pretrained(folder)
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**settings, "architectures": ["Qwen2_5OmniModel"]}))
 
 
 def turns(parts: Sequence[str | None], kind: str = "image") -> list[dict[str, Any]]:
@@ -140,7 +187,7 @@ def turns(parts: Sequence[str | None], kind: str = "image") -> list[dict[str, An
 
 def prepared(processor: Any, parts: Sequence[str | None], files: Sequence[bytes]) -> tuple[str, dict[str, Any]]:
     """Return a chat as transformers renders it, and what its processor is given besides."""
-    kind = "image" if hasattr(processor, "image_processor") else "audio"
+    kind = "audio" if hasattr(processor, "feature_extractor") else "image"
     prompt = processor.apply_chat_template(turns(parts, kind), add_generation_prompt=True)
     if kind == "image":
         return prompt, {"images": [[*map(decoded, files)]], "return_tensors": "pt"}

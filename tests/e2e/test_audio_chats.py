@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,9 @@ import jiwer
 import numpy as np
 import pytest
 import torch
+import transformers
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from transformers import Qwen2AudioForConditionalGeneration
 
 import plait
@@ -33,6 +36,7 @@ soundfile = pytest.importorskip("soundfile")
 # PEFT's and torch's own
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
 LABELS = ["play", "player", "b", "stop"]
+MODERN = int(transformers.__version__.split(".")[0]) >= 5
 SECONDS = [0.3, 0.52, 0.3, 0.9, 0.3]
 
 
@@ -85,6 +89,38 @@ def test_likelihoods_are_those_of_transformers_with_peft(world: World, tmp_path:
             torch.testing.assert_close(found, torch.tensor(wanted), atol=2e-4, rtol=2e-5)
         everything.append(found)
     assert torch.pdist(torch.cat(everything)).min() > 0.01  # every sound, question and adapter counts
+
+
+@pytest.mark.skipif(not MODERN, reason="modules of Qwen2.5-Omni have other names since version 5")
+def test_a_model_that_speaks_too_is_read_by_the_part_that_writes(tmp_path: Path) -> None:
+    """Qwen2.5-Omni's checkpoint and its thinker: adapters under the names of both generations, live and baked."""
+    base, kind = save_base("qwen2_5_omni", tmp_path / "base"), "qwen2_5_omni"
+    adapters = {name: tmp_path / name for name in NAMES}
+    for name, place in adapters.items():
+        save_drawn(place, fresh(kind), 3 + 17 * (name == "two"), target_modules=TARGETS[kind], task_type="CAUSAL_LM")
+    examples, processor = read_examples(load_task(write(tmp_path / "tasks", "one")), "test"), load_chat_processor(base)
+    thinker = transformers.Qwen2_5OmniThinkerForConditionalGeneration
+    wanted = []
+    for place in adapters.values():
+        model = PeftModel.from_pretrained(thinker.from_pretrained(base), str(place)).eval()
+        parts = [[f"{'ab'[i % 2]} ", None, "?"] for i in range(len(examples.items))]
+        wanted.append([likelihoods(processor, model, p, e.sounds, LABELS) for p, e in zip(parts, examples.items, strict=True)])
+    file = adapters["two"] / "adapter_model.safetensors"
+    names = {"model.model.audio_tower": "model.audio_tower", "model.model.language_model": "model.model"}  # now and before
+    tensors = {re.sub("|".join(names), lambda m: names[m[0]], key): value for key, value in load_file(file).items()}
+    save_file(tensors, file, metadata={"format": "pt"})
+    mixture = Mixture.load(base, [Adapter.open(place, name) for name, place in adapters.items()], dtype="float32")
+    for name, scores in zip(NAMES, wanted, strict=True):
+        with mixture.active({name: 1.0}) as acting:
+            answers = answer_examples(acting, None, examples, processor=processor, batch_size=2)
+            torch.testing.assert_close(torch.tensor([a.scores for a in answers]), torch.tensor(scores), atol=2e-4, rtol=2e-5)
+            baked = plait.bake({name: adapters[name]}, base_model=str(base), weights=[1.0], out=tmp_path / f"baked {name}")
+            ids = torch.tensor([[65, 66, 67]])
+            with torch.no_grad():
+                torch.testing.assert_close(
+                    thinker.from_pretrained(baked.folder).eval()(ids).logits, acting(ids).logits, atol=1e-4, rtol=1e-4
+                )
+    assert not torch.allclose(*map(torch.tensor, wanted), atol=0.1)
 
 
 def test_an_evaluation_is_that_of_peft(world: World, tmp_path: Path) -> None:

@@ -265,6 +265,15 @@ def test_language_models_that_see_or_hear_have_a_class():
     assert library.text_class("qwen2_vl") is None
 
 
+@pytest.mark.skipif(not MODERN, reason="its parts have other names before version 5")
+def test_a_model_that_speaks_too_has_a_part_that_writes():
+    part = library.writing_part(transformers.Qwen2_5OmniConfig())
+    assert part.architectures == ["Qwen2_5OmniThinkerForConditionalGeneration"]
+    assert hasattr(transformers, part.architectures[0])
+    config = language_model().config
+    assert library.writing_part(config) is config
+
+
 def test_tokens_of_images_and_sounds_are_named_by_a_configuration():
     for kind, names in {"llava": ["<image>"], "idefics3": ["<image>"], "qwen2_audio": ["<|AUDIO|>"]}.items():
         assert library.media_tokens(fresh(kind)) == set(tokenizer(kind).convert_tokens_to_ids(names))

@@ -24,6 +24,7 @@ from plait.libraries.transformers import (
     is_conv1d,
     steps_of,
     tied_parameters,
+    writing_part,
 )
 
 
@@ -100,8 +101,10 @@ def _empty_model(folder: Path, class_name: str | None) -> Any:
         raise ArchitectureUnknown(missing_packages("reading the model's code", {"eval": ["transformers"]})) from None
     try:
         names = architectures(read_config(folder)) if class_name is None else [class_name]
+        part = writing_part(load_config(folder)) if class_name is None and "thinker_config" in read_config(folder) else None
+        names = names if part is None else part.architectures
         model_class = next(getattr(transformers, n) for n in names if hasattr(transformers, n))
-        config = load_config(folder)
+        config = part or load_config(folder)
         with torch.device("meta"):
             return model_class(config)
     except StopIteration:

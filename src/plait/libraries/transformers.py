@@ -395,6 +395,18 @@ def multimodal_class(model_type: str) -> str | None:
     return name if isinstance(name, str) else None
 
 
+def writing_part(config: Any) -> Any:
+    """Return the configuration of what writes texts, of a model that speaks too (Qwen2.5-Omni's thinker); of others the same.
+
+    The class of that part loads it from the complete checkpoint.
+    """
+    part = getattr(config, "thinker_config", None)
+    if part is None or (name := multimodal_class(str(part.model_type))) is None:
+        return config
+    part.architectures = [name]
+    return part
+
+
 def text_class(model_type: str) -> str | None:
     """Return the class of a kind of model that `AutoModelForCausalLM` loads; None where it loads none.
 

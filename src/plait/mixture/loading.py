@@ -25,6 +25,7 @@ from plait.libraries.transformers import (
     newly_made,
     text_class,
     writes_sounds_down,
+    writing_part,
 )
 from plait.linalg.devices import device_problem
 from plait.parsing import shown
@@ -70,7 +71,7 @@ def load_base_model(
     if device_map is not None:
         keywords["device_map"] = device_map
     check_loading(dtype, device_map)
-    config = pretrained.load_config(folder, trust_remote_code=trust_remote_code)
+    config = writing_part(pretrained.load_config(folder, trust_remote_code=trust_remote_code))
     name = _class_name(transformers, adapters, config)
     labels = _labels(adapters, untyped=name == media_class(str(config.model_type)))
     if labels is not None:
