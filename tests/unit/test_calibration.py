@@ -19,7 +19,7 @@ from plait.calibration.passages import Passage, Reader
 from plait.calibration.search import _Teacher, search_scale
 from plait.calibration.teachers import OutputDistributions, keep_distributions, teacher_distributions
 from plait.calibration.texts import generic_lines, read_texts
-from plait.errors import TaskError
+from plait.errors import PlanError, TaskError
 from plait.linalg.inputs import InputRows
 from plait.notices import PlaitWarning
 from plait.tasks.loading import load_task
@@ -219,6 +219,20 @@ def test_moments_of_a_convolution_are_those_of_its_patches(layer: Any) -> None:
     plain = (y.detach() - layer.bias.detach().reshape(-1, *(1,) * (y.ndim - 2))).double()
     wanted = plain.transpose(0, 1).reshape(4, -1)
     torch.testing.assert_close(weight @ gram @ weight.T, wanted @ wanted.T / wanted.shape[1], rtol=1e-4, atol=1e-5)
+
+
+def test_moments_of_patches_that_are_cut_already() -> None:
+    """As Qwen2-VL gives them to a convolution over time and place; other such convolutions are refused."""
+    layer, patches = torch.nn.Conv3d(3, 4, (2, 3, 3), stride=(2, 3, 3)), torch.randn(7, 3, 2, 3, 3)
+    moments = InputMoments({"x": layer}, most_rows=64)
+    with moments.watching(), torch.no_grad():
+        out = layer(patches)
+    (found,) = moments.found().values()
+    assert isinstance(found, InputRows)
+    torch.testing.assert_close(found.x, patches.flatten(1))
+    torch.testing.assert_close(found.x @ layer.weight.flatten(1).T + layer.bias, out.flatten(1))
+    with InputMoments({"x": layer}).watching(), pytest.raises(PlanError, match="cannot be collected"):
+        layer(torch.randn(1, 3, 4, 3, 3))
 
 
 def test_divergence_is_the_sum_over_the_vocabulary() -> None:

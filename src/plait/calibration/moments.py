@@ -177,6 +177,10 @@ def _rows(module: torch.nn.Module, x: Tensor) -> Tensor:
     if not isinstance(module, torch.nn.Conv1d | torch.nn.Conv2d | torch.nn.Conv3d):
         x = x.detach().reshape(-1, x.shape[-1])
         return x.float() if x.dtype == torch.float64 else x
+    # the patches themselves, as models cut them that see images and videos (Qwen2-VL)
+    are_patches = isinstance(module, torch.nn.Conv3d) and x.shape[2:] == module.kernel_size and not any(module.padding)
+    if are_patches and module.groups == 1:
+        return x.detach().float().flatten(1)
     if (
         isinstance(module, torch.nn.Conv3d)
         or module.groups > 1
