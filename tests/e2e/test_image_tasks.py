@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -178,6 +179,16 @@ def test_every_side_is_what_peft_makes_of_it(world: World, tmp_path: Path, kind:
         assert shown in page
         assert "Which label was given" in page
         assert f"{found.tasks[0].task}, the merge" in page
+
+
+def test_heads_that_adapters_bring_are_not_called_missing(
+    world: World, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Transformers would advise to train what the adapters have trained."""
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    base = world.folder / "dinov2" / "base"
+    plait.evaluate(world.adapters("dinov2"), tasks=world.tasks("dinov2"), base=base, workspace=None, subset=2)
+    assert not [message for message in caplog.messages if "classifier" in message]
 
 
 @pytest.mark.parametrize("kind", ["vit", "dinov2", "clip"])

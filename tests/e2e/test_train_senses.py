@@ -177,6 +177,14 @@ def test_what_a_model_cannot_hear_or_learn_is_known_before_training(speech: Path
     assert phase.notes == ("1 sounds are left out: longer than the 1 seconds that the model hears.",)
 
 
+def loaded_as_said(folder: str) -> Any:
+    """Return what the code on an adapter's card loads."""
+    code = Path(folder, "README.md").read_text().partition("```python\n")[2].partition("```")[0]
+    names: dict[str, Any] = {}
+    exec(code.replace("PATH_OR_REPO", folder), names)
+    return names["model"]
+
+
 @pytest.mark.parametrize("kind", ["vit", "dinov2", "wav2vec2", "whisper"])
 def test_heads_are_learned_and_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     """A head per task with the LoRA, which leaves it alone; what is judged is what transformers and PEFT make of it."""
@@ -199,7 +207,10 @@ def test_heads_are_learned_and_saved(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert full == {key for key in model.state_dict() if key.startswith(lacking)}
     assert not [key for key in tensors if "lora_" in key and ("classifier" in key or "projector" in key)]
     assert [key for key in tensors if "lora_" in key]
-    own = PeftModel.from_pretrained(fresh(kind), "out/phases/two/adapter").eval()
+    own = loaded_as_said("out/phases/two/adapter").eval()
+    merged = loaded_as_said("out/merged")
+    assert type(merged.base_model.model) is type(own.base_model.model)
+    assert all(bool(tensor.any()) for key, tensor in merged.named_parameters() if "lora_B" in key)
     examples = read_examples(load_task("two.yaml"), "test")
     reader = (load_image_processor if images else load_feature_extractor)(tmp_path / "base")
     asked = {"task": examples, "processor": reader, "batch_size": 1}

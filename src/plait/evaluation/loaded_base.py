@@ -19,7 +19,7 @@ from plait.checkpoints.quantization import quantization
 from plait.errors import PlaitError, TaskError
 from plait.extras import require
 from plait.hub.pretrained import LoadOptions, load_chat_processor
-from plait.libraries.transformers import quiet_loading
+from plait.libraries.transformers import silence
 from plait.mixture import Mixture
 from plait.notices import announce
 from plait.results.progress import Progress
@@ -117,7 +117,7 @@ class LoadedBase:
 
     def _load(self, folder: Path, adapters: Sequence[Adapter]) -> Mixture:
         self._progress.start("load", 1, "model")
-        with quiet_loading():
+        with silence():
             loaded = Mixture.load(
                 folder,
                 adapters,

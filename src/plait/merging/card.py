@@ -104,20 +104,26 @@ def loading(inventory: Inventory, max_lora_rank: int | None, folder: Path) -> st
     if not writes_peft(inventory):
         chosen = output_format(inventory)
         return f"`{chosen.file_name}` is in the format of {chosen.program}; `plait convert` writes others.\n"
-    with_peft = load_with_peft(base, task_type_of(inventory.adapters))
+    with_peft = load_with_peft(base, loader_of(inventory.adapters))
     (served,) = serving([Adapter.open(folder, "merged")]).adapters
     if served.refused:
         return f"{with_peft}\nvLLM does not serve it: {prose('; '.join(served.refused))}.\n"
     return f"{with_peft}\n{serve_with_vllm(base, max_lora_rank)}"
 
 
-def load_with_peft(base: str, task_type: str | None) -> str:
-    """Return how an adapter is loaded for inference."""
-    auto = AUTO_MODELS.get(task_type or "", "AutoModel")
-    lines = f"""from peft import PeftModel
-from transformers import {auto}
+def load_with_peft(base: str, loader: str, labels: int | None = None) -> str:
+    """Return how an adapter is loaded for inference.
 
-model = {auto}.from_pretrained({python(base)})
+    Args:
+        base: what the base model is called.
+        loader: the class of transformers that loads it.
+        labels: of a head that the adapter brings.
+    """
+    head = "" if labels is None else f", num_labels={labels}"
+    lines = f"""from peft import PeftModel
+from transformers import {loader}
+
+model = {loader}.from_pretrained({python(base)}{head})
 model = PeftModel.from_pretrained(model, "PATH_OR_REPO")"""
     return f"With PEFT:\n\n{block(lines, 'python')}"
 
@@ -149,6 +155,18 @@ def base_name(name: str | None) -> str:
 def task_type_of(adapters: Sequence[Adapter]) -> str | None:
     """Return the task type of the first adapter that has one."""
     return next((t for a in adapters if isinstance(t := a.config.raw.get("task_type"), str) and t), None)
+
+
+def loader_of(adapters: Sequence[Adapter]) -> str:
+    """Return the class of transformers that loads the base of adapters; PEFT notes the class where it has no task type."""
+    if (task := task_type_of(adapters)) is not None:
+        return AUTO_MODELS.get(task, "AutoModel")
+    for adapter in adapters:
+        noted = adapter.config.raw.get("auto_mapping")
+        name = noted.get("base_model_class") if isinstance(noted, dict) else None
+        if isinstance(name, str) and name.isidentifier() and str(noted.get("parent_library")).startswith("transformers."):
+            return name
+    return "AutoModel"
 
 
 def front_matter(inventory: Inventory) -> dict[str, Any]:

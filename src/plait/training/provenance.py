@@ -80,7 +80,7 @@ def _card(opened: ResolvedJob, record: TrainingRecord) -> str:
     base = base_name(job.base_name or job.base)
     kind = KINDS[job.kind]
     alone = f'```python\nfrom transformers import {kind.LOADER}\n\nmodel = {kind.LOADER}.from_pretrained("PATH_OR_REPO")\n```\n'
-    loading = load_with_peft(base, kind.TASK_TYPE) if lora else alone
+    loading = load_with_peft(base, kind.LOADER, None if job.labels is None else len(job.labels)) if lora else alone
     return (
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n# {what} of {prose(base)}\n\n"
         f"Trained by plait {record.plait} ({versions}).\n\n{chr(10).join(lines)}\n\n## Load it\n\n{loading}\n"
