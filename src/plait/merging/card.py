@@ -163,9 +163,10 @@ def loader_of(adapters: Sequence[Adapter]) -> str:
         return AUTO_MODELS.get(task, "AutoModel")
     for adapter in adapters:
         noted = adapter.config.raw.get("auto_mapping")
-        name = noted.get("base_model_class") if isinstance(noted, dict) else None
-        if isinstance(name, str) and name.isidentifier() and str(noted.get("parent_library")).startswith("transformers."):
-            return name
+        if isinstance(noted, dict) and str(noted.get("parent_library")).startswith("transformers."):
+            name = noted.get("base_model_class")
+            if isinstance(name, str) and name.isidentifier():
+                return name
     return "AutoModel"
 
 
