@@ -20,7 +20,7 @@ from report import Row, Section
 
 RESULTS = HERE / "results" / "mixer.json"
 DEMO = HERE.parent / "examples" / "demo" / "adapters"
-BAND = {"policy": "per_layer", "layers": {str(layer): {"langid": 0.5} for layer in range(10)}}
+BAND = {"policy": "per_layer", "layers": {str(layer): {"langid": 0.7} for layer in range(10)}}
 CHANGES: dict[str, dict[str, Any]] = {
     "the first merge": {},
     "another scale": {"scale": 0.5},

@@ -26,6 +26,7 @@ ROWS: Mapping[str, str] = {
     "template": "--texts template",
     "lines, closed form": "--texts lines --steps 0",
     "lines": "--texts lines",
+    "lines, rank 24": "--texts lines --rank 24",
     "8": f"{UNSEEN} --count 8",
     "128": UNSEEN,
     "200": f"{UNSEEN} --count 200",
