@@ -95,7 +95,6 @@ class SweepOrder(WritingOrder):
 
     def _checked(self) -> tuple[Recipe, Path | None]:
         worker_count(self.workers)
-        check_address(self.cluster)
         check_loading(self.load.dtype, self.load.device_map)
         return self.recipe
 
@@ -152,5 +151,7 @@ class SweepStatusOrder:
 
 
 def _require_libraries(cluster: str | None) -> None:
+    """Refuse what is no address of a cluster, and missing packages, one of which only a cluster needs."""
+    check_address(cluster)
     needed = {"eval": ["transformers", "accelerate", "jinja2"], "sweep": ["optuna", "scipy", "sklearn"]}
     require("plait sweep", {**needed, "ray": ["ray"] * (cluster is not None)})

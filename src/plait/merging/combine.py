@@ -219,10 +219,9 @@ class Combiner:
             whole = block(start, stop)
             adapters, _, columns = whole.x.shape
             step = max(1, CACHED_ELEMENTS // (adapters * max(1, columns)))
-            merged = whole.x.new_empty(stop - start, columns)
-            for i in range(0, stop - start, step):
-                merged[i : i + step] = self.pipeline.combine_block(whole.of(whole.x[:, i : i + step], whole.statistics, i))
-            return merged
+            parts = [whole.of(whole.x[:, i : i + step], whole.statistics, i) for i in range(0, stop - start, step)]
+            merged = [self.pipeline.combine_block(part) for part in parts]
+            return merged[0] if len(merged) == 1 else torch.cat(merged)  # as they are: `RowBlocks` checks shape and dtype
 
         return rows
 
