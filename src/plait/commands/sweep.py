@@ -151,7 +151,7 @@ class SweepStatusOrder:
 
 
 def _require_libraries(cluster: str | None) -> None:
-    """Refuse what is no address of a cluster, and missing packages, one of which only a cluster needs."""
+    """Refuse another address than that of a cluster, and missing packages, one of which only a cluster needs."""
     check_address(cluster)
     needed = {"eval": ["transformers", "accelerate", "jinja2"], "sweep": ["optuna", "scipy", "sklearn"]}
     require("plait sweep", {**needed, "ray": ["ray"] * (cluster is not None)})
