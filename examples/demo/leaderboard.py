@@ -33,7 +33,7 @@ from plait.evaluation.recovery import BootstrapDraws, central_interval
 from plait.evaluation.request import eval_spec
 from plait.evaluation.scores import adapter_digest, digest
 from plait.hub.pretrained import LoadOptions
-from plait.libraries.transformers import quiet_loading
+from plait.libraries.transformers.quiet import quiet_loading
 from plait.merging.inventory import open_adapters, take_inventory
 from plait.methods import METHODS
 from plait.recipes.evaluation import EvalSpec

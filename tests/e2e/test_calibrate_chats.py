@@ -17,7 +17,7 @@ from plait.adapters.adapter import Adapter
 from plait.calibration.texts import read_texts
 from plait.errors import PlaitError, TaskError
 from plait.hub.pretrained import load_chat_processor
-from plait.libraries.transformers import media_tokens
+from plait.libraries.transformers.senses import media_tokens
 from plait.merging.moments import MomentsFile
 from plait.mixture import Mixture
 from plait.tasks.inputs import PLACE, Example

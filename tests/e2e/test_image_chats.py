@@ -28,7 +28,7 @@ from plait.evaluation import readers
 from plait.evaluation.model_calls import perceived_of
 from plait.evaluation.scoring import answer_examples
 from plait.hub.pretrained import load_chat_processor
-from plait.libraries import transformers as library
+from plait.libraries.transformers import reading
 from plait.mixture import Mixture
 from plait.notices import PlaitWarning
 from plait.tasks import perceiving
@@ -194,7 +194,7 @@ def test_what_is_read_again_is_announced_and_the_same(
 ) -> None:
     with world.live("qwen2_vl").active({"one": 1.0}) as acting:
         quick = asked(world, "qwen2_vl", acting, world.tasks("qwen2_vl")[0])
-        monkeypatch.setattr(library, "position_shift", shift)
+        monkeypatch.setattr(reading, "position_shift", shift)
         readers._reasons.clear()
         notices.forget_announcements()
         with images_read(acting) as read, pytest.warns(PlaitWarning, match=f"the slower way.*{why}"):

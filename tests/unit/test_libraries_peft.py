@@ -9,7 +9,7 @@ from peft import LoraConfig, TaskType, get_peft_model
 from torch import nn
 
 from plait.libraries.peft import EXPERT_LAYERS, LABELED_TASKS, TASK_HEADS, reads_past_adapters, scalings
-from plait.libraries.transformers import AUTO_MODELS
+from plait.libraries.transformers.kinds import AUTO_MODELS
 from tests.language_models import language_model
 
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from plait.evaluation import likelihood
 from plait.evaluation.likelihood import log_likelihoods
-from plait.libraries.transformers import cache_argument, cache_of
+from plait.libraries.transformers.reading import cache_argument, cache_of
 from plait.notices import PlaitWarning
 from plait.tasks.encoding import Question
 from tests.every import every

@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 
-from plait.libraries.transformers import tied_parameters
+from plait.libraries.transformers.conversion import tied_parameters
 
 SIZES = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 12}
 T5 = {"d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2, "vocab_size": 12}

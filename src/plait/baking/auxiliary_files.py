@@ -19,7 +19,7 @@ from plait.errors import AdapterError, collect, listed
 from plait.folders import OutsideError, entries, file_in, file_name_problem, open_in
 from plait.hub.pretrained import json_problem
 from plait.libraries.peft import LABELED_TASKS, TASK_HEADS
-from plait.libraries.transformers import LABEL_LAYERS
+from plait.libraries.transformers.layers import LABEL_LAYERS
 from plait.merging.inventory import Inventory
 from plait.tensorfiles.formats import TENSOR_FORMATS
 

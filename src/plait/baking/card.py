@@ -7,7 +7,7 @@ from typing import Any
 
 from plait.baking.plan import Bake
 from plait.baking.record import BakeRecord
-from plait.libraries.transformers import AUTO_MODELS
+from plait.libraries.transformers.kinds import AUTO_MODELS
 from plait.merging.card import PIPELINES, base_name, hub_id, license_of, public_recipe, source_row, task_type_of
 from plait.methods import METHODS
 from plait.recipes.writing import recipe_json

@@ -14,7 +14,7 @@ from plait.checkpoints.checkpoint import BaseCheckpoint
 from plait.checkpoints.files import sections
 from plait.checkpoints.names import parameter_finder
 from plait.errors import listed
-from plait.libraries.transformers import HEADED_TASKS, head_class
+from plait.libraries.transformers.kinds import HEADED_TASKS, head_class
 from plait.merging.inventory import Inventory
 from plait.merging.plan import MergePlan
 from plait.tensorfiles.reader import FLOATS

@@ -18,7 +18,7 @@ from plait.evaluation.likelihood import log_likelihoods
 from plait.evaluation.loaded_base import LoadedBase
 from plait.evaluation.model_calls import check_lengths
 from plait.hub.pretrained import LoadOptions
-from plait.libraries.transformers import media_tokens
+from plait.libraries.transformers.senses import media_tokens
 from plait.mixture import Mixture
 from plait.results.progress import Progress
 from plait.tasks.asking import Generated, Reading, TargetLikelihood

@@ -17,15 +17,9 @@ from plait.checkpoints.files import architectures, read_config
 from plait.deferred import torch
 from plait.extras import missing_packages
 from plait.hub.pretrained import load_config
-from plait.libraries.transformers import (
-    Conversion,
-    checkpoint_conversion,
-    holds_transposed,
-    is_conv1d,
-    steps_of,
-    tied_parameters,
-    writing_part,
-)
+from plait.libraries.transformers.conversion import Conversion, checkpoint_conversion, steps_of, tied_parameters
+from plait.libraries.transformers.kinds import writing_part
+from plait.libraries.transformers.layers import holds_transposed, is_conv1d
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from plait.errors import TaskError
 from plait.evaluation.heads import logits_of
 from plait.evaluation.model_calls import StepListener, check_numbers
 from plait.hub.pretrained import refuse_failures
-from plait.libraries.transformers import fewest_samples
+from plait.libraries.transformers.senses import fewest_samples
 from plait.tasks.examples import Examples
 from plait.tasks.hearing import check_longest, rows_named, sample_counts, window
 from plait.tasks.sounds import samples

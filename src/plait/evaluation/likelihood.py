@@ -37,7 +37,7 @@ from plait.evaluation.readers import (
     uncached_reader,
     why_not_read_on,
 )
-from plait.libraries import transformers as library
+from plait.libraries.transformers import reading
 from plait.tasks.encoding import Question
 
 _LEAST_READ = 256  # tokens of a batch: below, a processor spends more on reading the weights than on the tokens
@@ -127,10 +127,10 @@ def _length(question: Question, *, encoder_decoder: bool) -> int:
 def _reader(model: Any, questions: Sequence[Question], batch_size: int) -> CachedReader | UncachedReader | PackedReader:
     if _reads_less_packed(questions) and (packed := _packed_reader(model, questions)) is not None:
         return packed
-    forward, reason = ModelCall(model), library.why_not_continued(model)
+    forward, reason = ModelCall(model), reading.why_not_continued(model)
     if reason is None and not forward.masks:
         reason = "its forward takes no mask of padding"
-    if reason is None and library.cache_argument(model) is None and not forward.may_cache():
+    if reason is None and reading.cache_argument(model) is None and not forward.may_cache():
         reason = "its forward takes no cache of what it has read"
     if reason is None and any(q.perceived is not None for q in questions):
         reason = why_not_read_on(model, questions)

@@ -19,7 +19,7 @@ from plait.checkpoints.quantization import quantization
 from plait.errors import PlaitError, TaskError
 from plait.extras import require
 from plait.hub.pretrained import LoadOptions, load_chat_processor
-from plait.libraries.transformers import silence
+from plait.libraries.transformers.quiet import silence
 from plait.mixture import Mixture
 from plait.notices import announce
 from plait.results.progress import Progress

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from plait.errors import PlaitError, TaskError
-from plait.libraries import transformers as library
+from plait.libraries.transformers import reading
 from plait.tasks.perceiving import Perceived
 
 #: Called with how many were finished since it was last called.
@@ -33,7 +33,7 @@ def check_lengths(model: Any, lengths: Sequence[int], *, advice: str = _SHORTEN)
         TaskError: some do not.
     """
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    limit = None if limit is None else limit - library.reserved_positions(model)
+    limit = None if limit is None else limit - reading.reserved_positions(model)
     too_long = [n for n in lengths if limit is not None and n > limit]
     if too_long:
         raise TaskError(
@@ -113,7 +113,7 @@ def perceived_of(questions: Sequence[Asked], model: Any, width: int | None = Non
         TaskError: the model takes no such inputs.
     """
     given = [q.perceived.tensors() for q in questions if q.perceived is not None]
-    takes, found = library.forward_parameters(model), dict[str, Tensor]()
+    takes, found = reading.forward_parameters(model), dict[str, Tensor]()
     names = [
         name for name in (given[0] if given else ()) if name in takes or name not in _PER_TOKEN
     ]  # not every model has these
@@ -157,9 +157,9 @@ class ModelCall:
 
     def __init__(self, model: Any) -> None:
         self._model = model
-        self._takes = set(library.forward_parameters(model))
-        self._any = library.takes_any_keyword(model)
-        self._offset = library.reserved_positions(model)
+        self._takes = set(reading.forward_parameters(model))
+        self._any = reading.takes_any_keyword(model)
+        self._offset = reading.reserved_positions(model)
         self._argument: str | None = None
         self._continued = False
 
@@ -201,7 +201,7 @@ class ModelCall:
     def _shift(self, rows: int) -> Any:
         """Return by how much later positions of texts with images differ from the count of tokens; None where they do not."""
         try:
-            found = library.position_shift(self._model)
+            found = reading.position_shift(self._model)
         except LookupError as error:
             raise NotContinuedError(str(error)) from None
         if found is not None and tuple(found.shape) != (rows, 1):
@@ -247,15 +247,15 @@ class ModelCall:
             raise NotContinuedError(f"reading on from what it has read fails ({type(error).__name__}: {words})") from error
 
     def _cache(self, out: Any) -> Any:
-        found = library.cache_of(out)
+        found = reading.cache_of(out)
         if found is None:
             raise NotContinuedError("its output holds no cache that can be copied row by row")
         field, cache = found
-        reason = library.why_cache_not_continued(cache)
+        reason = reading.why_cache_not_continued(cache)
         if reason is not None:
             raise NotContinuedError(reason)
         if self._argument is None:
-            named = field if field in self._takes else library.cache_argument(self._model)
+            named = field if field in self._takes else reading.cache_argument(self._model)
             self._argument = named or (field if self._any else None)
         if self._argument is None:
             raise NotContinuedError(f"its output holds a cache as '{field}', but its forward takes none")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from plait.evaluation.output_layer import only_positions
-from plait.libraries import transformers as library
+from plait.libraries.transformers import reading
 
 #: Nodes of a row, where no text is longer: the attention to all nodes of a row still costs little, compared with the layers.
 MOST_NODES = 256
@@ -92,7 +92,7 @@ def why_not_packed(model: Any, texts: Sequence[Sequence[int]]) -> str | None:
 
     It is asked once, with a few of the texts.
     """
-    reason = library.why_not_packed(model, max(map(len, texts)))
+    reason = reading.why_not_packed(model, max(map(len, texts)))
     if reason is None:
         if model not in _reasons:
             _reasons[model] = _try(model, [*texts[:_TRIED], texts[0][::-1]])  # two differ, even where there is one text
@@ -104,7 +104,7 @@ def packed_keywords(model: Any, packed: PackedRows) -> dict[str, Any]:
     """Return what a model's forward is given for packed rows."""
     return {
         "input_ids": packed.ids.to(model.device),
-        "position_ids": packed.positions.to(model.device) + library.reserved_positions(model),
+        "position_ids": packed.positions.to(model.device) + reading.reserved_positions(model),
         "attention_mask": packed.mask(model.dtype).to(model.device),
         "use_cache": False,
     }

@@ -21,7 +21,7 @@ from torch import Tensor
 from plait.evaluation.model_calls import ModelCall, NotContinuedError, decoder_start, form_of, padded, perceived_of
 from plait.evaluation.output_layer import only_positions
 from plait.evaluation.packing import pack_shared, packed_keywords
-from plait.libraries import transformers as library
+from plait.libraries.transformers import reading
 from plait.notices import announce
 from plait.tasks.encoding import Question
 
@@ -43,9 +43,9 @@ class CachedReader:
         self._batch_size = batch_size
         self._instead: UncachedReader | None = None
         longest = max(len(q.prompt) + max(map(len, q.answers)) for q in questions)
-        window = library.attention_window(model)
+        window = reading.attention_window(model)
         perceives = any(q.perceived is not None for q in questions)
-        self.aligned = perceives or library.counts_by_place(model) or (window is not None and longest >= window)
+        self.aligned = perceives or reading.counts_by_place(model) or (window is not None and longest >= window)
         prompts = [q.prompt for q in questions]
         shared = shared_tokens(prompts) if len(prompts) > 1 and not perceives else 0
         self.shared = shared if shared >= _SHORTEST_PREFIX else 0
@@ -71,7 +71,7 @@ class CachedReader:
         continued = any(map(any, (stems.read for stems in stems_of)))
         if self.shared:
             past = copy.deepcopy(self._read)
-            library.copy_rows(past, torch.zeros(len(rests), dtype=torch.long, device=ids.device))
+            reading.copy_rows(past, torch.zeros(len(rests), dtype=torch.long, device=ids.device))
             logits, past = self._forward.go_on(ids, seen, past, last=True)
             shift = None
         else:
@@ -92,7 +92,7 @@ class CachedReader:
         """Read what continuations begin with; return the logits by row and beginning."""
         wanted = [(i, k, stem) for i, stems in enumerate(stems_of) for k, stem in enumerate(stems.read) if stem]
         rows = torch.tensor([i for i, _, _ in wanted], device=seen.device)
-        library.copy_rows(past, rows)
+        reading.copy_rows(past, rows)
         ids, mask = padded([stem for _, _, stem in wanted], seen.device)
         later = None if shift is None else shift[rows.to(shift.device)]
         logits, _ = self._forward.go_on(ids, torch.cat([seen[rows], mask], 1), past, last=False, shift=later)

@@ -14,7 +14,7 @@ from plait.evaluation.generation import announced_rereading, configured, end_tok
 from plait.evaluation.hearing import heard
 from plait.evaluation.model_calls import StepListener, check_numbers, decoder_start
 from plait.hub.pretrained import refuse_failures
-from plait.libraries import transformers as library
+from plait.libraries.transformers import kinds, quiet, whisper
 from plait.notices import announce
 from plait.tasks.asking import Transcribed
 from plait.tasks.examples import Examples
@@ -98,7 +98,7 @@ def writer_of(model: Any, tokenizer: Any, extractor: Any, examples: Examples, as
     """
     where, name = examples.task.where, type(model).__name__
     texts = {e.text for e in examples.items if e.text is not None}
-    if library.is_whisper(model):
+    if whisper.is_whisper(model):
         return _whisper(model, tokenizer, where, ask, texts)
     if given := [key for key in ("language", "task") if getattr(ask, key) is not None] + ["prompt"] * bool(texts):
         raise TaskError(f"{where}: {given[0]!r} is for Whisper; {name} has no such setting.")
@@ -106,7 +106,7 @@ def writer_of(model: Any, tokenizer: Any, extractor: Any, examples: Examples, as
         if ask.beams > 1 or ask.max_new_tokens is not None:
             raise TaskError(f"{where}: 'beams' and 'max_new_tokens' are for models that generate; {name} labels every moment.")
         return _ctc(model, tokenizer, extractor)
-    if model.config.is_encoder_decoder and model.can_generate() and library.writes_sounds_down(model.config.model_type):
+    if model.config.is_encoder_decoder and model.can_generate() and kinds.writes_sounds_down(model.config.model_type):
         return _decoder(model, tokenizer, where, ask)
     raise TaskError(
         f"{where} (asr) asks for transcripts, but {name} writes none; those that do are Whisper, other models of "
@@ -130,7 +130,7 @@ def _whisper(model: Any, tokenizer: Any, where: str, ask: Transcribed, texts: se
                 f"{where}: the feature extractor makes {given.shape[-1]} frames of a sound; the model hears {frames}."
             )
         limit = ask.max_new_tokens or limits[text]
-        own = {**library.whisper_settings(model), "return_timestamps": False}
+        own = {**whisper.settings(model), "return_timestamps": False}
         before = None if (ids := prompts[text]) is None else ids.to(model.device)
         out = _generated(model, ask, own, limit, input_features=given, prompt_ids=before, **keywords)
         texts, special = tokenizer.batch_decode(out, skip_special_tokens=True), set(tokenizer.all_special_ids)
@@ -155,7 +155,7 @@ def _spoken(model: Any, where: str, ask: Transcribed) -> dict[str, Any]:
         if key in given and not getattr(own, table, None):
             raise TaskError(f"{where}: {key!r} needs {table!r} in the model's generation_config.json, which is not there.")
     if ask.language is not None:
-        code = library.language_code(ask.language)
+        code = whisper.language_code(ask.language)
         known = [token.strip("<|>") for token in own.lang_to_id]
         if code not in known:
             raise TaskError(
@@ -192,9 +192,9 @@ def beginning(model: Any, tokenizer: Any, where: str, ask: Transcribed, text: st
     Raises:
         TaskError: the model does not take the options, or hears the language before it writes.
     """
-    if not library.is_whisper(model):
+    if not whisper.is_whisper(model):
         return [decoder_start(model)]
-    found = library.whisper_beginning(model, **_spoken(model, where, ask))
+    found = whisper.beginning(model, **_spoken(model, where, ask))
     if found is None:
         raise TaskError(
             f"{where}: the model would first hear which language is spoken, and transcripts are learned of a known one. Give "
@@ -284,7 +284,7 @@ def _generated(model: Any, ask: Transcribed, own: dict[str, Any], limit: int, **
         return scores
 
     # Whisper's own `generate` fills in a length before it calls the common one, which then warns of two.
-    with configured(model, config), announced_rereading(model), library.silence():
+    with configured(model, config), announced_rereading(model), quiet.silence():
         found: Tensor = model.generate(
             generation_config=config, logits_processor=transformers.LogitsProcessorList([numbers]), **given
         )

@@ -14,7 +14,7 @@ from plait.errors import TaskError
 from plait.evaluation.heads import logits_of
 from plait.evaluation.model_calls import StepListener, check_lengths, check_numbers
 from plait.hub.pretrained import refuse_failures
-from plait.libraries.transformers import features_of
+from plait.libraries.transformers.senses import features_of
 from plait.tasks.images import decoded
 
 

@@ -18,7 +18,7 @@ from plait.checkpoints.files import INPUT_EMBEDDING, OUTPUT_HEAD
 from plait.deferred import Tensor, torch
 from plait.errors import PlanError, collect, listed, take_all
 from plait.libraries.peft import EXPERT_LAYERS, TASK_HEADS, reads_past_adapters
-from plait.libraries.transformers import task_of
+from plait.libraries.transformers.kinds import task_of
 from plait.linalg.blocks import RowBlocks
 from plait.tensorfiles.header import TensorInfo
 from plait.tensorfiles.reader import FLOATS, TensorFile

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from plait.errors import PlaitError, PlanError, TaskError
-from plait.libraries.transformers import image_processors, pil_backend, without_videos
+from plait.libraries.transformers.senses import image_processors, pil_backend, without_videos
 from plait.parsing import MAX_TEXT_BYTES, is_there, kind_of, open_bytes, parse_json, read_text
 
 _TRUST = "--trust-remote-code (trust_remote_code=True in Python)"

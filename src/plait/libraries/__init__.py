@@ -1,1 +1,1 @@
-"""Uses of other libraries' internals: one module per library, each with a test of what it expects."""
+"""Uses of other libraries' internals: one module per library, of transformers one per subject, each with a test of it."""

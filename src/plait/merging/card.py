@@ -9,7 +9,7 @@ from typing import Any
 
 from plait.adapters.adapter import Adapter
 from plait.inspection.compatibility import serving
-from plait.libraries.transformers import AUTO_MODELS
+from plait.libraries.transformers.kinds import AUTO_MODELS
 from plait.merging.inventory import Inventory
 from plait.merging.output_format import output_format, writes_peft
 from plait.merging.plan import MergePlan

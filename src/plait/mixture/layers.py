@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from plait.adapters.layouts import Convolution, Embedding, Layout, Linear, Parameter
 from plait.errors import PlanError
-from plait.libraries.transformers import embedding_scale
+from plait.libraries.transformers.layers import embedding_scale
 from plait.mixture.coefficients import CoefficientState
 from plait.mixture.lift import lift
 from plait.mixture.modules import TargetModule

@@ -18,11 +18,11 @@ from plait.hub.download import resolve_model
 from plait.inspection.compatibility import replication_problems
 from plait.libraries.accelerate import PLACEMENTS
 from plait.libraries.peft import LABELED_TASKS, TASK_HEADS
-from plait.libraries.transformers import (
+from plait.libraries.transformers.conversion import newly_made
+from plait.libraries.transformers.kinds import (
     AUTO_MODELS,
     media_class,
     multimodal_class,
-    newly_made,
     text_class,
     writes_sounds_down,
     writing_part,

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from plait.adapters.layouts import Conv1D, Layout, Linear, Parameter, module_layout
 from plait.errors import did_you_mean
-from plait.libraries.transformers import Conversion, checkpoint_conversion, holds_transposed
+from plait.libraries.transformers.conversion import Conversion, checkpoint_conversion
+from plait.libraries.transformers.layers import holds_transposed
 
 _COMPUTED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # dtypes that layers compute in
 

@@ -13,7 +13,7 @@ from threading import RLock
 from typing import Any
 
 from plait.errors import PlaitError, TaskError
-from plait.libraries.transformers import chats_rendered_by, renders_chats_by_a_function
+from plait.libraries.transformers.chats import chats_rendered_by, renders_chats_by_a_function
 from plait.notices import announce
 from plait.tasks.rendering import LimitedTemplate
 

@@ -11,7 +11,7 @@ from plait.checkpoints.digests import weight_files
 from plait.errors import PlanError
 from plait.extras import optional
 from plait.hub.pretrained import load_config, refuse_failures
-from plait.libraries.transformers import silence
+from plait.libraries.transformers.quiet import silence
 from plait.libraries.trl import trusts_code
 from plait.records import Record
 from plait.results.disk import free_space

@@ -15,7 +15,7 @@ from plait.evaluation.hearing import check_lengths, sound_inputs
 from plait.evaluation.vision import image_inputs
 from plait.extras import optional
 from plait.hub.pretrained import load_config, load_feature_extractor, load_image_processor, refuse_failures
-from plait.libraries.transformers import fewest_samples
+from plait.libraries.transformers.senses import fewest_samples
 from plait.tasks.examples import Examples
 from plait.tasks.hearing import sample_counts, window
 from plait.training.data import LoadedData

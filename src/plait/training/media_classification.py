@@ -16,7 +16,8 @@ from torch import Tensor
 
 from plait.errors import PlanError
 from plait.extras import optional
-from plait.libraries.transformers import MEDIA_HEADS, newly_made
+from plait.libraries.transformers.conversion import newly_made
+from plait.libraries.transformers.layers import MEDIA_HEADS
 from plait.tasks.examples import Examples
 from plait.training import media
 from plait.training.classification import load_with_labels

@@ -17,7 +17,7 @@ from plait.errors import OutputError, PlaitError, collect
 from plait.extras import require
 from plait.hub.download import resolve_model
 from plait.hub.task_adapters import PHASES
-from plait.libraries.transformers import silence
+from plait.libraries.transformers.quiet import silence
 from plait.parsing import read_object
 from plait.reports.losses import CURVES
 from plait.reports.pipeline import page_problem

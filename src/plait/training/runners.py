@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from plait.errors import PlaitError
-from plait.libraries.transformers import silence
+from plait.libraries.transformers.quiet import silence
 from plait.results.progress import Progress
 from plait.training.job import TrainingJob, TrainingRecord
 from plait.training.phases import PlannedPhase

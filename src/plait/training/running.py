@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from plait.errors import OutputError, PlaitError, PlanError
 from plait.extras import optional
 from plait.hub.task_adapters import ADAPTER
-from plait.libraries.transformers import CheckpointError, report_steps, take_steps
+from plait.libraries.transformers.trainer import CheckpointError, report_steps, take_steps
 from plait.results.disk import full_disk
 from plait.results.progress import Progress
 from plait.results.staging import publish

@@ -17,7 +17,7 @@ from plait.evaluation.model_calls import padded
 from plait.evaluation.transcribing import beginning, transcript_tokens, writer_of
 from plait.extras import optional
 from plait.hub.pretrained import load_model, load_tokenizer
-from plait.libraries.transformers import writes_sounds_down
+from plait.libraries.transformers.kinds import writes_sounds_down
 from plait.tasks.asking import Transcribed
 from plait.tasks.examples import Examples
 from plait.training import media

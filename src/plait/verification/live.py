@@ -18,7 +18,8 @@ from plait.deferred import Tensor, torch
 from plait.errors import AdapterError, PlanError, join_words
 from plait.hub.pretrained import load_model, refuse_failures
 from plait.libraries.peft import scalings
-from plait.libraries.transformers import AUTO_MODELS, holds_transposed
+from plait.libraries.transformers.kinds import AUTO_MODELS
+from plait.libraries.transformers.layers import holds_transposed
 from plait.merging.combine import pipeline_of
 from plait.merging.conversion import run_convert
 from plait.merging.delta_file import NAME as DELTA

@@ -12,7 +12,7 @@ from plait.errors import AdapterError, AddressError, RecipeError
 from plait.extras import require
 from plait.hub.download import COMPANION_FILES, MODEL_FILES, resolve_model
 from plait.hub.pretrained import load_tokenizer, refuse_failures
-from plait.libraries.transformers import quiet_loading
+from plait.libraries.transformers.quiet import quiet_loading
 from plait.parsing import parse_json, read_object, read_text
 from plait.records import Record
 from plait.results.lock import Lock, read_lock

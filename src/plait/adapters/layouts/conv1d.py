@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from plait.adapters.layouts.base import Layout
-from plait.libraries.transformers import CONV1D_LAYERS, CONV1D_MODELS, is_conv1d
+from plait.libraries.transformers.layers import CONV1D_LAYERS, CONV1D_MODELS, is_conv1d
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import Self
 from plait.adapters.layouts.base import Layout
 from plait.adapters.lowrank import LowRank
 from plait.deferred import Tensor, torch
-from plait.libraries.transformers import EXPERT_PARAMETERS
+from plait.libraries.transformers.layers import EXPERT_PARAMETERS
 
 WRAPPED = ".base_layer"  #: what PEFT adds to a path for every wrapper around a layer
 

@@ -1,0 +1,1 @@
+"""Uses of transformers beyond its documented API, by subject."""
