@@ -41,7 +41,7 @@ ROWS: Mapping[str, str] = {
     "200 labels, gradient, module": f"{UNSEEN} --count 200 --objective gradient --granularity module",
     "200 labels, supermerge, layer": f"{UNSEEN} --count 200 --objective supermerge --granularity layer",
     "200 labels, supermerge, tree": (
-        f"{UNSEEN} --count 200 --objective supermerge --granularity layer --set tune.group_size=2"
+        f"{UNSEEN} --count 200 --objective supermerge --granularity layer --method linear --set tune.group_size=2"
     ),
     "200 labels, regret": f"{UNSEEN} --count 200 --objective regret_smoothmax",
     "200, controls": f"{UNSEEN} --count 200 --controls",
