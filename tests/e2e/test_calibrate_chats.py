@@ -14,12 +14,15 @@ from peft import PeftModel
 
 import plait
 from plait.adapters.adapter import Adapter
+from plait.calibration.inputs import load_for_texts
 from plait.calibration.texts import read_texts
 from plait.errors import PlaitError, TaskError
-from plait.hub.pretrained import load_chat_processor
+from plait.hub import pretrained
+from plait.hub.pretrained import LoadOptions, load_chat_processor
 from plait.libraries.transformers.senses import media_tokens
 from plait.merging.moments import MomentsFile
 from plait.mixture import Mixture
+from plait.results.progress import SilentProgress
 from plait.tasks.inputs import PLACE, Example
 from plait.tasks.loading import load_task
 from plait.tuning.teaching import make_lesson
@@ -194,6 +197,16 @@ def test_right_labels_are_the_answers_of_an_objective_that_reads_them(world: Wor
         some = lesson.outputs(acting, [3, 0, 1]).logits
         alone = torch.cat([lesson.outputs(acting, [i]).logits for i in (3, 0, 1)])
     torch.testing.assert_close(some, alone, atol=1e-4, rtol=1e-4)
+
+
+def test_the_processor_that_a_check_has_loaded_is_the_one_that_reads(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = read_texts(load_task(world.tasks("llava")[0]), kind=None, count=None, seed=0)
+    loaded: list[Path] = []
+    own = pretrained.load_chat_processor
+    monkeypatch.setattr(pretrained, "load_chat_processor", lambda place, **more: loaded.append(place) or own(place, **more))
+    mixture = load_for_texts(world.base("llava"), [], LoadOptions(), [texts], SilentProgress())
+    assert mixture.processor("image", chats=True).tokenizer is not None
+    assert loaded == [world.base("llava")]
 
 
 def test_an_answer_ends_where_it_names_an_image(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

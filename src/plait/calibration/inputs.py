@@ -23,7 +23,7 @@ from plait.mixture import Mixture
 from plait.results.progress import Progress
 from plait.tasks.asking import Generated, Reading, TargetLikelihood
 from plait.tasks.encoding import PromptEncoder, Question, encode_readings
-from plait.tasks.schema import has_media_chats
+from plait.tasks.schema import files_of_chats
 
 _ANSWER = 32  # tokens of a free answer that a decoder reads, at most
 
@@ -129,7 +129,7 @@ def own_answers(
         with mixture.active({adapter: 1.0}) as acting:
             tokenizer, most = _tokenizer(mixture, texts), _most(ask)
             found = generate_tokens(acting, tokenizer, questions, max_new_tokens=most, batch_size=16)
-        return [_until_media(acting, answer) for answer in found] if has_media_chats(texts.task) else found
+        return [_until_media(acting, answer) for answer in found] if files_of_chats(texts.task) is not None else found
     if not any(q.answers for q in questions):
         return [()] * len(questions)
     with mixture.active({adapter: 1.0}) as acting:
@@ -202,8 +202,8 @@ def _most(ask: Generated) -> int:
 
 def _chat_processor(mixture: Mixture, texts: Texts) -> Any:
     """Return the processor of chats with images or sounds; None for other texts."""
-    column = texts.task.file_column
-    return None if column is None else mixture.processor(column.kind, chats=True)
+    files = files_of_chats(texts.task)
+    return None if files is None else mixture.processor(files.kind, chats=True)
 
 
 def _tokenizer(mixture: Mixture, texts: Texts) -> Any:

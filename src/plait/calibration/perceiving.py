@@ -18,14 +18,14 @@ from plait.mixture import Mixture
 from plait.tasks.asking import ClassPrompts, Transcribed
 from plait.tasks.hearing import sample_counts
 from plait.tasks.perceiving import Perceived
-from plait.tasks.schema import has_media_chats
+from plait.tasks.schema import files_of_chats
 
 _BATCH = 16  # images or sounds at a time
 
 
 def is_perceived(texts: Texts) -> bool:
     """Whether a task's texts are images or sounds in place of prompts; those in chats are read with the chats."""
-    return texts.task.file_column is not None and not has_media_chats(texts.task)
+    return texts.task.file_column is not None and files_of_chats(texts.task) is None
 
 
 def check_perceived(mixture: Mixture, texts: Texts, *, right: Sequence[str] | None = None) -> None:

@@ -17,17 +17,15 @@ from plait.adapters.adapter import Adapter, with_folder
 from plait.checkpoints.files import find_weights, read_config
 from plait.checkpoints.quantization import quantization
 from plait.errors import PlaitError, TaskError
-from plait.extras import require
-from plait.hub.pretrained import LoadOptions, load_chat_processor
+from plait.hub.pretrained import LoadOptions, Processors
 from plait.libraries.transformers.quiet import silence
 from plait.mixture import Mixture
 from plait.notices import announce
 from plait.results.progress import Progress
 from plait.tasks.asking import ClassPrompts, Transcribed
 from plait.tasks.examples import Examples
-from plait.tasks.inputs import FileKind
 from plait.tasks.perceiving import ChatProcessor
-from plait.tasks.schema import Task, has_media_chats
+from plait.tasks.schema import Task, files_of_chats
 from plait.tensorfiles.formats import open_tensors
 
 _NARROW = {"BF16": torch.bfloat16, "F16": torch.float16}
@@ -56,12 +54,14 @@ class LoadedBase:
 
     def __init__(self, base: Path, adapters: Sequence[Adapter], options: LoadOptions, progress: Progress) -> None:
         self.base, self.options, self._adapters, self._progress = base, options, adapters, progress
-        self._chats: Any = None
+        self._processors = Processors(base, trust_remote_code=options.trust_remote_code)
 
     @cached_property
     def mixture(self) -> Mixture:
         """The base with the adapters."""
-        return self._load(self.base, self._adapters)
+        loaded = self._load(self.base, self._adapters)
+        loaded.processors = self._processors  # a check may have loaded one already
+        return loaded
 
     @property
     def tokenizer(self) -> Any:
@@ -80,11 +80,11 @@ class LoadedBase:
         Raises:
             TaskError: the base has no tokenizer, or no processor of images or sounds, that the task needs.
         """
+        if (files := files_of_chats(task)) is not None:
+            return Readers(None, self._processors.find(files.kind, chats=True))
         column = getattr(task, "file_column", None)
         if column is None:
             return Readers(self.tokenizer)
-        if has_media_chats(task):
-            return Readers(None, self._chat_processor(column.kind))
         tokenizer = self.tokenizer if isinstance(task.ask, (ClassPrompts, Transcribed)) else None
         return Readers(tokenizer, self.mixture.processor(column.kind))
 
@@ -95,15 +95,9 @@ class LoadedBase:
             TaskError: it cannot.
         """
         task = examples.task
-        column = getattr(task, "file_column", None)
-        if column is not None and has_media_chats(task):
-            ChatProcessor(self._chat_processor(column.kind), column.kind, task.where).check(examples)
-
-    def _chat_processor(self, kind: FileKind) -> Any:
-        if self._chats is None:
-            require(f"a chat with {kind} files", {"vision": ["PIL"]} if kind == "image" else {"audio": ["soundfile"]})
-            self._chats = load_chat_processor(self.base, trust_remote_code=self.options.trust_remote_code)
-        return self._chats
+        if (files := files_of_chats(task)) is not None:
+            processor = self._processors.find(files.kind, chats=True)
+            ChatProcessor(processor, files.kind, task.where).check(examples)
 
     def with_folder(self, name: str) -> str:
         """Return a name, and where the adapter of that name is."""

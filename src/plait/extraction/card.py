@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from plait.extraction.pairing import Pairing
 from plait.hub.download import Located
-from plait.libraries.transformers.kinds import AUTO_MODELS
+from plait.libraries.transformers.kinds import auto_class
 from plait.merging.card import PIPELINES, base_name, hub_id, license_of, load_with_peft, serve_with_vllm
 from plait.results.public import public_values
 from plait.results.quoting import as_yaml, block, code, prose
@@ -45,7 +45,7 @@ LoRA adapter with plait {record.plait}.
 {lines}
 ## Load it
 
-{load_with_peft(base, AUTO_MODELS.get(record.task_type or "", "AutoModel"))}
+{load_with_peft(base, auto_class(record.task_type))}
 {served}
 ## Make it again
 

@@ -12,9 +12,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from plait.errors import PlaitError, PlanError, TaskError
+from plait.extras import require
 from plait.libraries.transformers.senses import image_processors, pil_backend, without_videos
 from plait.parsing import MAX_TEXT_BYTES, is_there, kind_of, open_bytes, parse_json, read_text
 
@@ -131,6 +132,38 @@ def load_chat_processor(folder: Path, *, trust_remote_code: bool = False) -> Any
     if getattr(found, "chat_template", None) is None:
         found.chat_template = getattr(tokenizer, "chat_template", None)
     return found
+
+
+class Processors:
+    """What makes a model's inputs of images, of sounds, and of chats with them; each is loaded once, when it is asked for.
+
+    Args:
+        folder: of the model.
+        trust_remote_code: run code that is next to its files.
+    """
+
+    def __init__(self, folder: Path, *, trust_remote_code: bool = False) -> None:
+        self._folder, self._trust_remote_code = folder, trust_remote_code
+        self._loaded: dict[str, Any] = {}
+
+    def find(self, kind: Literal["image", "audio"], *, chats: bool = False) -> Any:
+        """Return what makes inputs of files, as transformers has it.
+
+        Args:
+            kind: of the files.
+            chats: what makes those of chats with such, its tokenizer included.
+
+        Raises:
+            TaskError: the model has none, or it cannot be loaded.
+            MissingPackageError: what decodes such files is not installed.
+        """
+        what, needed = ("images", {"vision": ["PIL"]}) if kind == "image" else ("sounds", {"audio": ["soundfile"]})
+        require(f"a chat with {what}" if chats else f"a model of {what}", needed)
+        name = "chats" if chats else kind
+        if name not in self._loaded:
+            load = load_chat_processor if chats else load_image_processor if kind == "image" else load_feature_extractor
+            self._loaded[name] = load(self._folder, trust_remote_code=self._trust_remote_code)
+        return self._loaded[name]
 
 
 def _processor(kind: Callable[[], Any], called: str, folder: Path, **keywords: Any) -> Any:

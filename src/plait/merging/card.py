@@ -9,7 +9,7 @@ from typing import Any
 
 from plait.adapters.adapter import Adapter
 from plait.inspection.compatibility import serving
-from plait.libraries.transformers.kinds import AUTO_MODELS
+from plait.libraries.transformers.kinds import auto_class
 from plait.merging.inventory import Inventory
 from plait.merging.output_format import output_format, writes_peft
 from plait.merging.plan import MergePlan
@@ -160,7 +160,7 @@ def task_type_of(adapters: Sequence[Adapter]) -> str | None:
 def loader_of(adapters: Sequence[Adapter]) -> str:
     """Return the class of transformers that loads the base of adapters; PEFT notes the class where it has no task type."""
     if (task := task_type_of(adapters)) is not None:
-        return AUTO_MODELS.get(task, "AutoModel")
+        return auto_class(task)
     for adapter in adapters:
         noted = adapter.config.raw.get("auto_mapping")
         if isinstance(noted, dict) and str(noted.get("parent_library")).startswith("transformers."):

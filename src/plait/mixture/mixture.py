@@ -17,9 +17,8 @@ from plait.adapters.lowrank import LowRank
 from plait.adapters.names import layer_key
 from plait.adapters.writing import output_dtype
 from plait.errors import PlanError, TaskError, collect, did_you_mean
-from plait.extras import require
 from plait.hub.download import resolve_model
-from plait.hub.pretrained import load_chat_processor, load_feature_extractor, load_image_processor
+from plait.hub.pretrained import Processors
 from plait.merging.engine import MergedModule
 from plait.merging.heads import same_full_tensors
 from plait.mixture.arrangement import Arrangement
@@ -64,6 +63,7 @@ class Mixture:
     Attributes:
         model: the base.
         tokenizer: its tokenizer.
+        processors: what makes its inputs of images and sounds; None where it was not loaded from files.
         names: of the adapters.
         targets: paths of the target modules in the adapters, in the order of Λ per module.
         axes: what the entries of Λ mean; modules by their paths in the model.
@@ -84,8 +84,7 @@ class Mixture:
         _check_free(model, None)
         self.model = model.eval().requires_grad_(requires_grad=False)
         self.tokenizer = tokenizer
-        self._files: tuple[Path, bool] | None = None  # of the base, and whether code among them may run
-        self._processors: dict[str, Any] = {}
+        self.processors: Processors | None = None
         self._adapters = tuple(adapters)
         self.names = tuple(a.name for a in adapters)
         if len(set(self.names)) < len(self.names):
@@ -139,7 +138,7 @@ class Mixture:
             base, adapters, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code
         )
         loaded = cls(model, adapters, tokenizer, factors=factors)
-        loaded._files = resolve_model(str(base)).folder, trust_remote_code
+        loaded.processors = Processors(resolve_model(str(base)).folder, trust_remote_code=trust_remote_code)
         return loaded
 
     def processor(self, kind: Literal["image", "audio"], *, chats: bool = False) -> Any:
@@ -153,16 +152,9 @@ class Mixture:
             TaskError: the base has none, it cannot be loaded, or the base was not loaded from files.
             MissingPackageError: what decodes such files is not installed.
         """
-        name = f"chats with {kind}" if chats else kind
-        if name not in self._processors:
-            if self._files is None:
-                raise TaskError(f"the base is in memory alone, without the files that say how it reads {kind} files.")
-            what, needed = ("images", {"vision": ["PIL"]}) if kind == "image" else ("sounds", {"audio": ["soundfile"]})
-            require(f"a model of {what}", needed)
-            load = load_image_processor if kind == "image" else load_feature_extractor
-            folder, trust_remote_code = self._files
-            self._processors[name] = (load_chat_processor if chats else load)(folder, trust_remote_code=trust_remote_code)
-        return self._processors[name]
+        if self.processors is None:
+            raise TaskError(f"the base is in memory alone, without the files that say how it reads {kind} files.")
+        return self.processors.find(kind, chats=chats)
 
     @contextmanager
     def active(self, weights: Mapping[str, float] | None, *, heads: str | bool = True) -> Iterator[nn.Module]:

@@ -391,9 +391,9 @@ def chat_inputs(messages: Sequence[Message], column: FileColumn | None, where: s
     return with_files
 
 
-def has_media_chats(task: Task) -> bool:
-    """Whether a task's chats hold images or sounds."""
-    return getattr(task, "file_column", None) is not None and getattr(task, "messages", None) is not None
+def files_of_chats(task: Task) -> FileColumn | None:
+    """Return the column with the images or sounds of a task's chats; None where it has no chats with such."""
+    return None if getattr(task, "messages", None) is None else getattr(task, "file_column", None)
 
 
 def _check_kind(offered: object) -> None:

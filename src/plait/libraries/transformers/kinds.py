@@ -39,6 +39,11 @@ _MULTIMODAL = (  # before version 5 those that hear are among the encoder-decode
 )
 
 
+def auto_class(task_type: str | None) -> str:
+    """Return the Auto class that loads a model for PEFT's task type; `AutoModel` where it has none for it."""
+    return AUTO_MODELS.get(task_type or "", "AutoModel")
+
+
 def task_of(config: Mapping[str, Any]) -> str | None:
     """Return PEFT's task type for a model, as the name of its class ends; None where it is not known.
 
