@@ -69,6 +69,17 @@ class AdapterConfig:
         collect(AdapterError, [f"{path}: {problem}" for problem in problems], f"{path}: values that cannot be read")
         return config
 
+    @property
+    def noted_class(self) -> tuple[str, str] | None:
+        """The module of transformers, and its class of models, that PEFT notes where an adapter has no task type; else None."""
+        noted = self.raw.get("auto_mapping")
+        if not isinstance(noted, dict) or self.raw.get("task_type"):
+            return None
+        module, name = noted.get("parent_library"), noted.get("base_model_class")
+        if not isinstance(module, str) or not isinstance(name, str) or not module.startswith("transformers."):
+            return None
+        return (module, name) if all(part.isidentifier() for part in (*module.split("."), name)) else None
+
     def _unsupported(self) -> str | None:
         kind = str(self.raw.get("peft_type", "LORA")).upper()
         if kind == "ADALORA":

@@ -7,8 +7,16 @@ from typing import Any
 
 from plait.baking.plan import Bake
 from plait.baking.record import BakeRecord
-from plait.libraries.transformers.kinds import AUTO_MODELS
-from plait.merging.card import PIPELINES, base_name, hub_id, license_of, public_recipe, source_row, task_type_of
+from plait.merging.card import (
+    PIPELINES,
+    base_name,
+    hub_id,
+    license_of,
+    loader_of_model,
+    public_recipe,
+    source_row,
+    task_type_of,
+)
 from plait.methods import METHODS
 from plait.recipes.writing import recipe_json
 from plait.results.quoting import as_yaml, block, code, prose
@@ -64,10 +72,7 @@ def _loading(bake: Bake) -> str:
             f"{code(bake.shards[0].name)} has the names and the layout of the base's own file: ComfyUI, Forge and diffusers' "
             "`from_single_file` load it in its place.\n"
         )
-    names = str(bake.checkpoint.config.get("architectures"))
-    causal = "ForCausalLM" in names or "LMHeadModel" in names
-    task = task_type_of(bake.inventory.adapters) or ""
-    auto = AUTO_MODELS.get(task, "AutoModelForCausalLM" if causal else "AutoModel")
+    auto = loader_of_model(bake.checkpoint.config, task_type_of(bake.inventory.adapters), bake.placement.head_class)
     text = f"""With transformers:
 
 ```python

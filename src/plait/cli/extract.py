@@ -79,7 +79,7 @@ def _show(result: ExtractResult) -> None:
     if record.unchanged:
         console.print(f"the same in both models: {len(record.unchanged)} layers, such as {record.unchanged[0]}; left out")
     _show_leftovers(record)
-    if record.max_lora_rank and not record.saved and not any(x.kept for x in record.leftovers):
+    if record.max_lora_rank:
         console.print(f"vLLM: --max-lora-rank {record.max_lora_rank}")
     print_notes(record.notes)
 

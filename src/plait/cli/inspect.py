@@ -389,7 +389,12 @@ def _serving(inspection: Inspection) -> RenderableType:
 
 
 def _serving_words(inspection: Inspection) -> str:
+    from plait.errors import join_words
+
     serving, several = inspection.serving, len(inspection.adapters) > 1
+    others = dict.fromkeys(one.other_kind for one in serving.adapters if one.other_kind)
+    if others:
+        return f"Settings are known for language models that write texts (CAUSAL_LM), not for {join_words([*others], 'or')}."
     wanted = [one.max_lora_rank for one in serving.adapters]
     if None in wanted:
         return "No setting of --max-lora-rank holds all of them: `plait compress` makes them smaller."

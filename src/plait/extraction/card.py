@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from plait.extraction.pairing import Pairing
 from plait.hub.download import Located
-from plait.libraries.transformers.kinds import auto_class
-from plait.merging.card import PIPELINES, base_name, hub_id, license_of, load_with_peft, serve_with_vllm
+from plait.merging.card import PIPELINES, base_name, hub_id, license_of, load_adapter, loader_of_model
 from plait.results.public import public_values
 from plait.results.quoting import as_yaml, block, code, prose
 
@@ -15,8 +15,14 @@ if TYPE_CHECKING:
     from plait.extraction.record import ExtractRecord
 
 
-def extract_card(pairing: Pairing, record: ExtractRecord) -> str:
-    """Return README.md: front matter for the Hub, then the page."""
+def extract_card(pairing: Pairing, record: ExtractRecord, folder: Path) -> str:
+    """Return README.md: front matter for the Hub, then the page.
+
+    Args:
+        pairing: the models.
+        record: what happened.
+        folder: with the written files, whose adapter is looked at for what can serve it.
+    """
     front = as_yaml(_front_matter(pairing, record))
     base = _base_on_hub(pairing, record) or base_name(record.base_model)
     kept = [x for x in record.leftovers if x.kept]
@@ -31,9 +37,6 @@ def extract_card(pairing: Pairing, record: ExtractRecord) -> str:
         *([f"**Left out**: {len(lost)} changed tensors, such as {code(lost[0].tensor)}."] if lost else []),
     ]
     lines = "".join(f"- {fact}\n" for fact in facts)
-    served = serve_with_vllm(base, record.max_lora_rank)
-    if kept or record.saved:
-        served = "vLLM does not serve it: it holds full tensors (`modules_to_save`) or `lora_bias`.\n"
     return f"""---
 {front}---
 
@@ -45,8 +48,7 @@ LoRA adapter with plait {record.plait}.
 {lines}
 ## Load it
 
-{load_with_peft(base, auto_class(record.task_type))}
-{served}
+{load_adapter(base, loader_of_model(pairing.base.config, record.task_type), folder)}
 ## Make it again
 
 `plait.lock` holds the request and the sha256 of every input and output file; `plait verify` makes it again and compares.

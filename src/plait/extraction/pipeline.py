@@ -80,7 +80,7 @@ def run_extract(
     with staged(out, force=force) as place:
         modules = write_extraction(pairing, plan, request, place, name, workers, progress)
         record = _record(pairing, plan, selected, modules, request, name[0], started)
-        (place / "README.md").write_text(extract_card(pairing, record), encoding="utf-8")
+        (place / "README.md").write_text(extract_card(pairing, record, place), encoding="utf-8")
         write_json(place / LOCK, _lock(pairing, request, place, out))
         write_json(place / RUN_RECORD, record)
     return ExtractResult(out, record)
@@ -106,13 +106,15 @@ def _record(
     energies = [plan.energies.get(p.name, 0.0) for p in plan.targets]
     of_targets = math.fsum(energies)
     held_energy = math.fsum(e * m.kept for e, m in zip(energies, modules, strict=True))
+    is_served = pairing.task == "CAUSAL_LM" and not plan.saved and not any(x.kept for x in leftovers)
+    is_served = is_served and all(layout.served_by_vllm for layout in plan.layouts.values())
     return ExtractRecord(
         plait=__version__,
         request=request.model_dump(mode="json"),
         base_model=base_model,
         task_type=pairing.task,
         rank=plan.rank,
-        max_lora_rank=max_lora_rank(plan.rank),
+        max_lora_rank=max_lora_rank(plan.rank) if is_served else None,
         kept=held_energy / of_targets if of_targets else 1.0,
         lowest_kept=min(m.kept for m in modules),
         lost=(truncated + math.fsum(x.energy for x in leftovers if not x.kept)) / math.fsum(plan.energies.values()),

@@ -44,7 +44,7 @@ class ExtractRecord(Record):
         base_model: the base model's name, as written into the adapter.
         task_type: PEFT's, as the base model's architecture says; None where it does not decide.
         rank: of the adapter (PEFT's r).
-        max_lora_rank: smallest value of vLLM's setting that holds it; None when none does.
+        max_lora_rank: smallest value of vLLM's setting that serves it; None when none is known to.
         kept: share of ‖ΔW‖²_F kept over the target modules.
         lowest_kept: the smallest share of a module.
         lost: share of ‖Δ‖²_F over all tensors that the adapter does not hold: truncated, or left over.

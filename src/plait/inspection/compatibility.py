@@ -17,10 +17,13 @@ from plait.adapters.layouts import Layout
 from plait.adapters.layouts.conv1d import may_be_conv1d
 from plait.errors import listed
 from plait.inspection.different_names import naming_problems
+from plait.libraries.transformers.kinds import task_of
 from plait.records import Record
 
 # The values vLLM takes for its setting max_lora_rank. Newer versions also take 1, which older ones refuse.
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+_WRITES = "CAUSAL_LM"  # PEFT's task type of what vLLM is known to serve
+_SEES_OR_HEARS = re.compile(r"(?:^|[._])(?:vision|visual|vit|image|audio|speech|multi_modal_projector|connector)")
 
 
 class Compatibility(Record):
@@ -50,12 +53,15 @@ class ServedAdapter(Record):
         name: of the adapter.
         rank: its largest rank.
         max_lora_rank: the smallest setting that holds it; None when vLLM has none that large.
+        other_kind: what it is for, where that is not a language model that writes texts, of which alone plait knows what
+            vLLM serves; else None.
         refused: what vLLM does not load, or would load wrongly; empty when all is well.
     """
 
     name: str
     rank: int
     max_lora_rank: int | None
+    other_kind: str | None
     refused: tuple[str, ...]
 
 
@@ -288,6 +294,18 @@ def max_lora_rank(rank: int) -> int | None:
     return next((allowed for allowed in VLLM_RANKS if allowed >= rank), None)
 
 
+def other_kind(adapter: Adapter) -> str | None:
+    """Return what an adapter is for, where that is not known to be a language model that writes texts; else None."""
+    task, noted = adapter.config.raw.get("task_type"), adapter.config.noted_class
+    if task != _WRITES:
+        if task or noted is None:
+            return f"task type {task}" if task else "adapters without a task type"
+        if task_of({"architectures": [noted[1]]}) != _WRITES:
+            return noted[1]
+    found = sorted({short_name(path) for path in adapter.targets if _SEES_OR_HEARS.search(path)})
+    return f"layers that see or hear ({listed(found)})" if found else None
+
+
 def short_name(path: str) -> str:
     """Return the last component of a module path, with the one before it when the last is a number."""
     return re.sub(r"^.*\.(?=[^.]*[^.\d][^.]*(?:\.\d+)*$)", "", path)
@@ -308,7 +326,7 @@ def _served(adapter: Adapter) -> ServedAdapter:
     if adapter.origin.format != "peft":
         advice = "" if adapter.towers else " (plait convert --to peft)"  # it serves language models
         form = f"the format {adapter.origin.format}{advice}"
-        return ServedAdapter(name=adapter.name, rank=rank, max_lora_rank=max_lora_rank(rank), refused=(form,))
+        return _needs(adapter, rank, [form])
     if _is_dora(adapter):
         refused.append("DoRA")
     if adapter.full_tensors:
@@ -318,7 +336,13 @@ def _served(adapter: Adapter) -> ServedAdapter:
     refused += [f"layers of kind {kind} ({listed(sorted(names))})" for kind, names in unserved.items()]
     if other:
         refused.append(f"scalings of {_count(len(other), 'module')} (it reads r and lora_alpha, no patterns)")
-    return ServedAdapter(name=adapter.name, rank=rank, max_lora_rank=max_lora_rank(rank), refused=tuple(refused))
+    return _needs(adapter, rank, refused)
+
+
+def _needs(adapter: Adapter, rank: int, refused: Iterable[str]) -> ServedAdapter:
+    needed = max_lora_rank(rank)
+    kind = None if adapter.towers else other_kind(adapter)  # of a pipeline, which the format says already
+    return ServedAdapter(name=adapter.name, rank=rank, max_lora_rank=needed, other_kind=kind, refused=tuple(refused))
 
 
 def _base_notes(adapters: Sequence[Adapter], given_base: str | None) -> list[str]:

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from plait.adapters.adapter import Adapter
+from plait.checkpoints.files import architectures
 from plait.inspection.compatibility import serving
-from plait.libraries.transformers.kinds import auto_class
+from plait.libraries.transformers.kinds import auto_class, task_of
 from plait.merging.inventory import Inventory
 from plait.merging.output_format import output_format, writes_peft
 from plait.merging.plan import MergePlan
@@ -89,26 +90,37 @@ def _loading(inventory: Inventory, record: RunRecord, folder: Path) -> str:
             "`delta.safetensors` holds one tensor per adapted weight, under the name of that weight in the base model, "
             "to be added to it.\n"
         )
-    return loading(inventory, record.max_lora_rank, folder)
+    return loading(inventory, folder)
 
 
-def loading(inventory: Inventory, max_lora_rank: int | None, folder: Path) -> str:
+def loading(inventory: Inventory, folder: Path) -> str:
     """Return how a merged adapter is loaded.
 
     Args:
         inventory: the sources.
-        max_lora_rank: vLLM's setting that holds it; None where none does.
         folder: of its files, which decide what can serve it.
     """
-    base = base_name(inventory.base_model)
     if not writes_peft(inventory):
         chosen = output_format(inventory)
         return f"`{chosen.file_name}` is in the format of {chosen.program}; `plait convert` writes others.\n"
-    with_peft = load_with_peft(base, loader_of(inventory.adapters))
+    return load_adapter(base_name(inventory.base_model), loader_of(inventory.adapters), folder)
+
+
+def load_adapter(base: str, loader: str, folder: Path) -> str:
+    """Return how a written adapter is loaded, by the programs that are known to load such.
+
+    Args:
+        base: what the base model is called.
+        loader: the class of transformers that loads it.
+        folder: of the adapter's files.
+    """
+    with_peft = load_with_peft(base, loader)
     (served,) = serving([Adapter.open(folder, "merged")]).adapters
+    if served.other_kind:
+        return with_peft
     if served.refused:
         return f"{with_peft}\nvLLM does not serve it: {prose('; '.join(served.refused))}.\n"
-    return f"{with_peft}\n{serve_with_vllm(base, max_lora_rank)}"
+    return f"{with_peft}\n{serve_with_vllm(base, served.max_lora_rank)}"
 
 
 def load_with_peft(base: str, loader: str, labels: int | None = None) -> str:
@@ -161,13 +173,23 @@ def loader_of(adapters: Sequence[Adapter]) -> str:
     """Return the class of transformers that loads the base of adapters; PEFT notes the class where it has no task type."""
     if (task := task_type_of(adapters)) is not None:
         return auto_class(task)
-    for adapter in adapters:
-        noted = adapter.config.raw.get("auto_mapping")
-        if isinstance(noted, dict) and str(noted.get("parent_library")).startswith("transformers."):
-            name = noted.get("base_model_class")
-            if isinstance(name, str) and name.isidentifier():
-                return name
-    return "AutoModel"
+    return next((noted[1] for a in adapters if (noted := a.config.noted_class) is not None), "AutoModel")
+
+
+def loader_of_model(config: Mapping[str, Any], task_type: str | None, named: str | None = None) -> str:
+    """Return the class of transformers that loads a full model: the Auto class of its task, or its own where that has none.
+
+    Args:
+        config: its `config.json`.
+        task_type: PEFT's, of adapters that are or were on it; None where the model's own class says it.
+        named: the class that it is of, where `config` does not say so.
+    """
+    own = next(iter([named] if named else architectures(config)), "")
+    task = task_type or task_of({**config, "architectures": [own]})
+    is_known = own.isidentifier() and "auto_map" not in config
+    if is_known and (own.endswith("ForConditionalGeneration") or (task is None and "For" in own)):
+        return own
+    return auto_class(task)
 
 
 def front_matter(inventory: Inventory) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from plait.adapters.selection import selection_of
 from plait.adapters.writing import output_dtype
 from plait.checkpoints.files import read_config
 from plait.hub.download import resolve_model
+from plait.inspection.compatibility import max_lora_rank, other_kind
 from plait.merging.inventory import Inventory
 
 
@@ -30,6 +31,17 @@ def output_format(inventory: Inventory) -> AdapterFormat:
 def writes_peft(inventory: Inventory) -> bool:
     """Return whether a merge is a folder of PEFT's for one model, with all that such a folder can hold."""
     return output_format(inventory).name == "peft" and not any(a.towers for a in inventory.adapters)
+
+
+def served_rank(inventory: Inventory, rank: int | None) -> int | None:
+    """Return the smallest value of vLLM's max_lora_rank for a merge of a rank; None where it is not known to serve it."""
+    adapters, targets = inventory.adapters, [t for a in inventory.adapters for t in a.targets.values()]
+    if rank is None or not writes_peft(inventory) or any(map(other_kind, adapters)):
+        return None
+    if any(not t.layout.served_by_vllm or t.is_dora or t.has_bias for t in targets):
+        return None
+    has_heads = inventory.recipe.heads.policy != "separate" and any(a.full_tensors for a in adapters)
+    return None if has_heads else max_lora_rank(rank)
 
 
 def base_config(wanted: AdapterFormat, base_model: str | None, folder: Path | None = None) -> Mapping[str, Any]:
@@ -90,6 +102,16 @@ def settings_of(adapters: Sequence[Adapter], layouts: Mapping[str, Layout], base
         "base_model_name_or_path": base_model,
         "revision": next((a.config.revision for a in adapters if a.config.revision), None),
         "fan_in_fan_out": any(a.config.flag("fan_in_fan_out") for a in adapters),
+        **_noted(adapters),
         **selection_of(adapters, layouts),
         **{key: value for key in keys if (value := adapters[0].config.raw.get(key)) is not None},
     }
+
+
+def _noted(adapters: Sequence[Adapter]) -> dict[str, Any]:
+    """Return PEFT's note of the class of the base, which it has in place of a task type, where all adapters' is the same."""
+    noted = {a.config.noted_class for a in adapters}
+    if None in noted or len(noted) > 1:
+        return {}
+    ((module, name),) = (n for n in noted if n is not None)
+    return {"auto_mapping": {"base_model_class": name, "parent_library": module}}

@@ -11,7 +11,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import TypeVar
 
-from plait.inspection.compatibility import max_lora_rank
 from plait.merging.adapter_output import MergedAdapter, OtherAdapter
 from plait.merging.card import card
 from plait.merging.combine import Combiner
@@ -21,7 +20,7 @@ from plait.merging.engine import Engine, MergedModule, name_extreme_adapters
 from plait.merging.heads import write_heads
 from plait.merging.inventory import Inventory, take_inventory
 from plait.merging.moments import MomentsOf, not_taken_yet
-from plait.merging.output_format import writes_peft
+from plait.merging.output_format import served_rank, writes_peft
 from plait.merging.plan import MergePlan, make_plan
 from plait.merging.record import RunRecord, input_digests, make_lock, sources, write_records
 from plait.recipes.naming import naming_its_file
@@ -240,7 +239,7 @@ def _record(
         space=plan.space,
         result=max((m.result for m in modules), key=("exact", "truncated", "dense").index),
         rank=rank,
-        max_lora_rank=None if rank is None else max_lora_rank(rank),
+        max_lora_rank=served_rank(inventory, rank),
         kept=overall_kept(modules),
         lowest_kept=min(m.kept for m in modules),
         modules=modules,

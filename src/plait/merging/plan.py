@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from plait.adapters.adapter import Adapter
 from plait.adapters.layouts import Layout, uniform_rank
 from plait.errors import PlanError, collect, listed
-from plait.inspection.compatibility import activation_problems, excluded_spaces, max_lora_rank, replication_problems
+from plait.inspection.compatibility import activation_problems, excluded_spaces, replication_problems
 from plait.inspection.doubts import adapter_doubts
 from plait.inspection.shared_init import shared_init_pairs
 from plait.linalg.blocks import HOLD_ELEMENTS, MATRIX_BLOCK_ELEMENTS
@@ -16,7 +16,7 @@ from plait.merging.heads import head_problems, main_head_bytes
 from plait.merging.inventory import Inventory
 from plait.merging.kept import FRAME_BYTES
 from plait.merging.moments import moments_problems
-from plait.merging.output_format import outgoing_merge, output_format, writes_peft
+from plait.merging.output_format import outgoing_merge, output_format, served_rank, writes_peft
 from plait.merging.weighting import Towers, layer_problems, module_weights, policy_problems, towers_of
 from plait.methods import METHODS
 from plait.methods.base import Method
@@ -79,7 +79,7 @@ class MergePlan(Viewed, Record):
         passes: passes over the factors, surveys included.
         output_bytes: of the tensor file but for its header; None when an energy decides it.
         peak_bytes: estimated working memory above the interpreter with torch.
-        max_lora_rank: smallest value of vLLM's setting that serves the result; None when none does.
+        max_lora_rank: smallest value of vLLM's setting that serves the result; None when none is known to.
         notes: what else is worth knowing.
     """
 
@@ -160,7 +160,7 @@ def make_plan(inventory: Inventory, *, workers: int, written: bool = True) -> Me
         passes=_passes(recipe, pipeline),
         output_bytes=_output_bytes(inventory, kept, modules, rank),
         peak_bytes=_peak_bytes(inventory, pipeline, modules, workers),
-        max_lora_rank=None if rank is None else max_lora_rank(rank),
+        max_lora_rank=served_rank(inventory, rank),
         notes=(*_notes(inventory, left_out, written=written), *_data_notes(inventory, pipeline, list(kept))),
     )
 

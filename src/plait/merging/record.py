@@ -41,7 +41,7 @@ class RunRecord(Viewed, OlderKeysDropped):
         space: name.
         result: the worst over the modules.
         rank: of the written adapter (PEFT's r); None for a dense delta.
-        max_lora_rank: smallest value of vLLM's setting that holds it; None when none does.
+        max_lora_rank: smallest value of vLLM's setting that serves it; None when none is known to.
         kept: share of ‖ΔW‖²_F kept over all modules.
         lowest_kept: the smallest share of a module.
         modules: one record each.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from plait.inspection.compatibility import max_lora_rank
 from plait.merging.card import front_matter, loading, public_recipe, source_row
 from plait.merging.inventory import Inventory
 from plait.recipes.writing import recipe_json
@@ -54,7 +53,7 @@ KL is the mean divergence from the task's own adapter, in nats, on texts that we
 
 {_how(record)}## Load it
 
-{loading(inventory, max_lora_rank(record.rank), folder)}
+{loading(inventory, folder)}
 ## The start
 
 `tuning.json` holds everything that was seen and done, `plait.lock` the sha256 of every input and output file.
