@@ -94,8 +94,10 @@ def run(model: torch.nn.Module) -> torch.Tensor:
     """Return logits for fixed inputs, whatever the model takes."""
     kind = getattr(model, "config", None).model_type
     with torch.no_grad():
-        if kind == "vit":
+        if kind in ("vit", "dinov2"):
             return model(pixel_values=torch.linspace(-1, 1, 2 * 3 * 64).reshape(2, 3, 8, 8)).logits.float()
+        if kind == "wav2vec2":
+            return model(input_values=torch.linspace(-9, 9, 2 * 400).sin().reshape(2, 400)).logits.float()
         if kind == "whisper":
             features = torch.linspace(-1, 1, 2 * 8 * 24).reshape(2, 8, 24).to(next(model.parameters()).dtype)
             return model(input_features=features, decoder_input_ids=IDS).logits.float()

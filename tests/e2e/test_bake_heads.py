@@ -265,3 +265,77 @@ def test_a_merged_adapter_bakes_to_the_same_model(tmp_path):
     direct = PeftModel.from_pretrained(_LM.from_pretrained(base), merged).eval()
     with torch.no_grad():
         torch.testing.assert_close(run(reload(two, _LM)), direct(IDS).logits, rtol=1e-5, atol=1e-5)
+
+
+_SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+_HEARD = {"conv_dim": [8, 8], "conv_kernel": [10, 3], "conv_stride": [5, 2], "num_conv_pos_embeddings": 4}
+_IMAGES, _SOUNDS = tf.AutoModelForImageClassification, tf.AutoModelForAudioClassification
+
+
+def backbone(kind: str, folder: Path) -> Path:
+    """Write a model of images, or of sounds, without a classification head; ViT's has a pooler, which no classifier has."""
+    torch.manual_seed(0)
+    sizes = {"image_size": 8, "patch_size": 4}
+    models = {
+        "vit": lambda: tf.ViTModel(tf.ViTConfig(**_SMALL, **sizes)),
+        "dinov2": lambda: tf.Dinov2Model(tf.Dinov2Config(**_SMALL, **sizes)),
+        "wav2vec2": lambda: tf.Wav2Vec2Model(
+            tf.Wav2Vec2Config(**_SMALL, **_HEARD, num_conv_pos_embedding_groups=2, classifier_proj_size=8)
+        ),
+    }
+    models[kind]().save_pretrained(folder)
+    return folder
+
+
+def labeled_adapter(base: Path, folder: Path, seed: int, auto: Any, labels: int = 3) -> tuple[Path, torch.Tensor]:
+    """Write an adapter with a head of some labels; return the logits of PEFT's model with it too."""
+    torch.manual_seed(seed)
+    model = auto.from_pretrained(base, num_labels=labels, ignore_mismatched_sizes=True)
+    heads = [name for name in ("projector", "classifier") if hasattr(model, name)]
+    settings = LoraConfig(r=2, target_modules="all-linear", modules_to_save=heads, init_lora_weights=False)
+    peft = get_peft_model(model, settings)
+    peft.save_pretrained(folder)
+    return folder, run(peft.eval().base_model.model)
+
+
+@pytest.mark.parametrize(("kind", "auto"), [("vit", _IMAGES), ("dinov2", _IMAGES), ("wav2vec2", _SOUNDS)])
+def test_a_head_of_images_or_sounds_is_added_to_a_base_without_one(tmp_path, kind, auto):
+    base = backbone(kind, tmp_path / "base")
+    adapter, expected = labeled_adapter(base, tmp_path / "a", 1, auto)
+    result = plait.bake([adapter], base=base, out=tmp_path / "out")
+    baked = reload(result.folder, auto)
+    torch.testing.assert_close(run(baked), expected, rtol=1e-5, atol=1e-5)
+    named = type(baked).__name__
+    assert (config(result.folder)["architectures"], len(config(result.folder)["id2label"])) == ([named], 3)
+    assert f"from transformers import {named}\n" in (result.folder / "README.md").read_text()
+    assert any("pooler.dense.weight: left out" in note for note in result.plan.notes) is (kind == "vit")
+    assert plait.verify(result.folder).ok
+
+
+def test_heads_of_several_images_adapters_are_kept_apart_but_for_the_one_that_is_chosen(tmp_path):
+    base = backbone("dinov2", tmp_path / "base")
+    (one, _), (two, expected) = (labeled_adapter(base, tmp_path / n, i, _IMAGES, 2 + i) for i, n in enumerate(["one", "two"]))
+    apart = plait.bake([one, two], base=base, out=tmp_path / "apart")
+    assert any("heads and other full tensors of one, two are kept" in note for note in apart.plan.notes)
+    assert config(apart.folder)["architectures"] == ["Dinov2Model"]
+    chosen = {"weights": [0, 1], "heads": {"policy": "from", "adapter": "two"}}
+    out = plait.bake([one, two], base=base, out=tmp_path / "out", **chosen).folder
+    torch.testing.assert_close(run(reload(out, _IMAGES)), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_head_of_other_labels_takes_the_place_of_the_bases(tmp_path):
+    base = save_model("vit", tmp_path / "base")
+    adapter, expected = labeled_adapter(base, tmp_path / "a", 1, _IMAGES, 5)
+    out = plait.bake([adapter], base=base, out=tmp_path / "out").folder
+    torch.testing.assert_close(run(reload(out, _IMAGES)), expected, rtol=1e-5, atol=1e-5)
+    assert len(config(out)["id2label"]) == 5
+
+
+def test_a_head_that_lacks_a_part_is_refused(tmp_path):
+    """PEFT had put in a random projector; nobody has its values."""
+    base = backbone("wav2vec2", tmp_path / "base")
+    adapter, _ = labeled_adapter(base, tmp_path / "a", 1, _SOUNDS)
+    file = adapter / "adapter_model.safetensors"
+    save_file({name: tensor for name, tensor in load_file(file).items() if "projector" not in name}, file)
+    with pytest.raises(PlanError, match=r"which also has projector\.bias, projector\.weight; neither the base"):
+        plait.bake([adapter], base=base, out=tmp_path / "out")

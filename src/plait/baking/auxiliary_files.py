@@ -13,7 +13,7 @@ from typing import Any
 
 from plait.baking.changes import Placement
 from plait.checkpoints.checkpoint import BaseCheckpoint
-from plait.checkpoints.files import INDEX, MODEL_CONFIG, read_config
+from plait.checkpoints.files import INDEX, MODEL_CONFIG, architectures, read_config
 from plait.checkpoints.forms import PipelineFolder, is_weight_file
 from plait.errors import AdapterError, collect, listed
 from plait.folders import OutsideError, entries, file_in, file_name_problem, open_in
@@ -277,13 +277,16 @@ def _set_head(config: dict[str, Any], inventory: Inventory, placement: Placement
     """See to the number of labels, and to a class that has the head when the base's has none."""
     tasks = {a.config.raw.get("task_type") for a in inventory.adapters} - {None}
     task = tasks.pop() if len(tasks) == 1 else None
-    if task not in TASK_HEADS:
+    named = next(iter([placement.head_class] if placement.head_class else architectures(config)), "")
+    # PEFT has no task type for those of images and sounds
+    is_labeled = task in LABELED_TASKS if task else named.endswith("Classification")
+    if task not in TASK_HEADS and not is_labeled:
         return
     shapes = {n: c.replaced.shape for n, c in placement.changes.items() if c.replaced is not None}
     shapes |= {n: a.shape for n, a in placement.added.items()}
     for name, shape in shapes.items():
         owner, _, kind = name.rpartition(".")
-        if kind == "weight" and owner.rpartition(".")[2] in LABEL_LAYERS and task in LABELED_TASKS:
+        if kind == "weight" and owner.rpartition(".")[2] in LABEL_LAYERS and is_labeled:
             labels = len(config["id2label"]) if config.get("id2label") else config.get("num_labels", 2)
             if shape[0] != labels:
                 config["id2label"] = {str(i): f"LABEL_{i}" for i in range(shape[0])}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
+from plait.adapters.adapter import Adapter
 from plait.adapters.layouts import Layout
 from plait.baking.changes import AddedTensor, Placement, RowRange, TensorChange
 from plait.baking.full import FullTensor, full_tensor, parameter_of
@@ -14,11 +15,12 @@ from plait.checkpoints.checkpoint import BaseCheckpoint
 from plait.checkpoints.files import sections
 from plait.checkpoints.names import parameter_finder
 from plait.errors import listed
-from plait.libraries.transformers.kinds import HEADED_TASKS, head_class
+from plait.libraries.transformers.kinds import HEADED_TASKS, head_class, media_classes
 from plait.merging.inventory import Inventory
 from plait.merging.plan import MergePlan
 from plait.tensorfiles.reader import FLOATS
 
+_LABEL_WEIGHTS = ("classifier.weight", "classifier.out_proj.weight")  # of classifiers of images and sounds
 _TRANSPOSED = "is stored as (d_in, d_out) and cut into several tensors"
 
 
@@ -227,7 +229,8 @@ class _Placing:
         if self._result.separate:
             self._result.notes.append(
                 f"heads and other full tensors of {', '.join(self._result.separate)} are kept under heads/<name>/; the model "
-                "has the base's. heads: {policy: from, adapter: NAME} in a recipe bakes one adapter's."
+                "has the base's. heads: {policy: from, adapter: NAME} in a recipe (--heads-policy from --heads-adapter NAME) "
+                "bakes one adapter's."
             )
 
     def _place_full(self, parameter: str, tensor: FullTensor) -> None:
@@ -256,7 +259,7 @@ class _Placing:
     def _place_new(self, parameter: str, tensor: FullTensor) -> None:
         """Add a task's head to the model; a parameter that no class of this model has is kept under heads/."""
         tasks = {a.config.raw.get("task_type") for a in tensor.adapters}
-        if self._names.architecture is None or tasks & HEADED_TASKS:
+        if self._names.architecture is None or tasks & HEADED_TASKS or all(map(self._media_class, tensor.adapters)):
             self._result.added[parameter] = AddedTensor(tensor.shape, None, TensorChange(replaced=tensor))
             self._result.notes.append(f"{parameter} is not in the base model and is added.")
             return
@@ -268,14 +271,23 @@ class _Placing:
             "would not load it: it is kept under heads/<name>/."
         )
 
+    def _media_class(self, adapter: Adapter) -> str | None:
+        """Return the class of classifiers of images or sounds whose head an adapter brings; None where it brings none."""
+        if adapter.config.raw.get("task_type") or not any(path.endswith(_LABEL_WEIGHTS) for path in adapter.full_tensors):
+            return None
+        found, noted = media_classes(str(self._checkpoint.config.get("model_type"))), adapter.config.noted_class
+        return found[1] if found is not None and (noted is None or noted[1] == found[1]) else None
+
     def _change_class(self) -> None:
         """Find the class that has the added heads, leave out what it has not, and refuse what nothing has the values of."""
         result, home = self._result, self._checkpoint.home
+        owners = {a.name: a for c in result.added.values() if c.change.replaced for a in c.change.replaced.adapters}
         tasks = {a.config.raw.get("task_type") for a in self._inventory.adapters} - {None}
         task = tasks.pop() if len(tasks) == 1 else None
-        if not result.added or task not in HEADED_TASKS:
-            return
-        result.head_class = head_class(str(self._checkpoint.config.get("model_type")), task)
+        if owners and task in HEADED_TASKS:
+            result.head_class = head_class(str(self._checkpoint.config.get("model_type")), task)
+        elif owners and self._names.architecture is not None:
+            result.head_class = self._media_class(next(iter(owners.values())))
         if result.head_class is None:
             return
         try:

@@ -48,7 +48,7 @@ LoRA adapter with plait {record.plait}.
 {lines}
 ## Load it
 
-{load_adapter(base, loader_of_model(pairing.base.config, record.task_type), folder)}
+{load_adapter(base, loader_of_model(pairing.base.config, None), folder)}
 ## Make it again
 
 `plait.lock` holds the request and the sha256 of every input and output file; `plait verify` makes it again and compares.

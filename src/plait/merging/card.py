@@ -185,7 +185,8 @@ def loader_of_model(config: Mapping[str, Any], task_type: str | None, named: str
         named: the class that it is of, where `config` does not say so.
     """
     own = next(iter([named] if named else architectures(config)), "")
-    task = task_type or task_of({**config, "architectures": [own]})
+    writes = task_of({**config, "architectures": [own]}) == "CAUSAL_LM"
+    task = task_type or ("CAUSAL_LM" if writes else None)
     is_known = own.isidentifier() and "auto_map" not in config
     if is_known and (own.endswith("ForConditionalGeneration") or (task is None and "For" in own)):
         return own

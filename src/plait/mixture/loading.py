@@ -21,7 +21,7 @@ from plait.libraries.peft import LABELED_TASKS, TASK_HEADS
 from plait.libraries.transformers.conversion import newly_made
 from plait.libraries.transformers.kinds import (
     AUTO_MODELS,
-    media_class,
+    media_classes,
     multimodal_class,
     text_class,
     writes_sounds_down,
@@ -73,7 +73,7 @@ def load_base_model(
     check_loading(dtype, device_map)
     config = writing_part(pretrained.load_config(folder, trust_remote_code=trust_remote_code))
     name = _class_name(transformers, adapters, config)
-    labels = _labels(adapters, untyped=name == media_class(str(config.model_type)))
+    labels = _labels(adapters, untyped=name in (media_classes(str(config.model_type)) or ())[:1])
     if labels is not None:
         config.num_labels = labels
         keywords["ignore_mismatched_sizes"] = True  # the base's own head may have other labels
@@ -122,9 +122,9 @@ def _class_name(transformers: Any, adapters: Sequence[Adapter], config: Any) -> 
             return seeing
         speech = kind == "SEQ_2_SEQ_LM" and writes_sounds_down(str(config.model_type))
         return _SPEECH if speech else _CLASSES[kind]
-    seen_or_heard = media_class(str(config.model_type))
+    seen_or_heard = media_classes(str(config.model_type))
     if seen_or_heard is not None and any(_label_tensors(a) for a in adapters):
-        return seen_or_heard  # PEFT has no task type for them
+        return seen_or_heard[0]  # PEFT has no task type for them
     named = next(iter(config.architectures or ()), "")
     if named and hasattr(transformers, named):
         return named

@@ -70,14 +70,15 @@ def head_class(model_type: str, task_type: str) -> str | None:
     return name if isinstance(name, str) else None
 
 
-def media_class(model_type: str) -> str | None:
-    """Return the Auto class of classifiers of images, or of sounds, for a kind of model; None where there is none.
+def media_classes(model_type: str) -> tuple[str, str] | None:
+    """Return the Auto class of classifiers of images or sounds for a kind of model, and the class that it loads; else None.
 
     Raises:
         MissingPackageError: transformers is not installed.
     """
     known = optional("transformers.models.auto.modeling_auto", "eval", "a live model")
-    return next((name for name, table in _MEDIA_HEADS.items() if model_type in getattr(known, table, {})), None)
+    named = ((auto, getattr(known, table, {}).get(model_type)) for auto, table in _MEDIA_HEADS.items())
+    return next(((auto, name) for auto, name in named if isinstance(name, str)), None)
 
 
 def writes_sounds_down(model_type: str) -> bool:
