@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +11,11 @@ import pytest
 import torch
 
 import plait
+from plait import mixture
 from plait.errors import RecipeError, TaskError
 from plait.mixture import Mixture
 from plait.results.lock import read_lock
-from tests.language_models import LABELS, train_pair, write_task
+from tests.language_models import LABELS, train_adapter, train_pair, write_task
 
 # PEFT's and torch's own
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
@@ -87,6 +90,26 @@ def test_a_mixture_and_states_of_ones_own(place: Path, tmp_path: Path) -> None:
     assert found.mean_recovery == session.score(session.merge(weights=[0.7, 0.6])).mean_recovery
     assert "sort" in repr(session)
     assert "ties" in repr(session.merge(method="ties"))
+
+
+def test_the_base_that_is_given_is_that_of_the_merge_too(place: Path, tmp_path: Path) -> None:
+    """Of adapters that call it by several names, and of DoRA, whose delta needs its weights."""
+    train_adapter(tmp_path / "dora", "sort", steps=2, use_dora=True)
+    shutil.copytree(place / "rate", tmp_path / "rate")
+    for name in ("dora", "rate"):
+        config = tmp_path / name / "adapter_config.json"
+        config.write_text(json.dumps({**json.loads(config.read_text()), "base_model_name_or_path": f"/elsewhere/{name}"}))
+    given: Any = {"sort": tmp_path / "dora", "rate": tmp_path / "rate"}
+    base, tasks = place / "base", arguments(place, tmp_path)["tasks"]
+    session = plait.Session(given, base=base, tasks=tasks, workspace=None)
+    scored = session.score(session.merge())
+    assert plait.evaluate(given, tasks=tasks, base=base, workspace=None).mean_recovery == scored.mean_recovery
+    wanted = session.ask("sort w3 :", session.merge(), max_new_tokens=3).prompts[0].replies
+    assert plait.ask("sort w3 :", given, base=base, max_new_tokens=3).prompts[0].replies == wanted
+    plait.evaluator(given, tasks=tasks, base=base, workspace=None)
+    mixture.load(given, base=base)
+    with pytest.raises(RecipeError, match="they mean the same"):
+        mixture.load(given, base=base, base_model=str(base))
 
 
 def test_what_is_refused(place: Path, tmp_path: Path) -> None:

@@ -337,7 +337,7 @@ def evaluator(  # noqa: PLR0913 (what a command line takes)
     from plait.evaluation.request import evaluated_recipe
 
     load = LoadOptions(load_dtype, device_map, trust_remote_code, None if base is None else str(base))
-    recipe, folder = Request(source).resolved
+    recipe, folder = Request(source, base=base).resolved
     asked = evaluated_recipe(recipe, tasks, {"split": split, "subset": subset, "batch_size": batch_size})
     with asked.origins.named():
         return recipe_evaluator(asked, folder, EvaluateOptions(optional_path(workspace), load), progress)[0]

@@ -97,7 +97,7 @@ class Session:
 
         self._source, self._workers, self._progress = source, workers, progress or SilentProgress()
         self._load = LoadOptions(load_dtype, device_map, trust_remote_code, None if base is None else str(base))
-        recipe, folder = Request(source).resolved
+        recipe, folder = Request(source, base=base).resolved
         self._asked = evaluated_recipe(recipe, tasks, {"split": split, "subset": subset, "batch_size": batch_size})
         options = EvaluateOptions(optional_path(workspace), self._load, workers=workers)
         with self._asked.origins.named():
@@ -135,7 +135,7 @@ class Session:
         """
         from plait.merging.inventory import take_inventory
 
-        recipe, folder = Request(self._source, settings).resolved
+        recipe, folder = Request(self._source, settings, base=self._load.base).resolved
         if self._asked.tasks:
             recipe = recipe.changed(tasks=self._asked.tasks)
         recipe = recipe.changed(eval=self._asked.eval)

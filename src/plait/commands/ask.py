@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -62,6 +62,11 @@ class AskOrder:
         source = self.request.source
         return str(source) if isinstance(source, (str, Path)) and not is_recipe_file(source) else None
 
+    @cached_property
+    def merge_request(self) -> Request:
+        """The request of a merge in memory, with the base that it is put on: DoRA, and adapters of several names, need it."""
+        return replace(self.request, base=self.load.base)
+
     def check(self) -> None:
         """Refuse what does not go together, prompts that cannot be read, and recipes that are not valid.
 
@@ -74,7 +79,7 @@ class AskOrder:
         if self.saved is None:
             if self.sources:
                 raise RecipeError("--source (sources=) belongs to one adapter or model; these are merged in memory.")
-            _ = self.request.resolved
+            _ = self.merge_request.resolved
         elif given := ", ".join([*self.request.given, *(text.partition("=")[0] for text in self.request.sets)]):
             raise RecipeError(f"{self.saved} replies as it is; these belong to a merge: {given}.")
 
@@ -92,7 +97,7 @@ class AskOrder:
         return asking.result(base, notes, listener or NoListener())
 
     def _merge(self, progress: Progress) -> tuple[str, LoadedBase, list[Respondent], list[str]]:
-        recipe, folder = self.request.resolved
+        recipe, folder = self.merge_request.resolved
         with recipe.origins.named():
             load = self.load if recipe.values_to_find or recipe.lacks_moments else None
             recipe, notes = complete_from_texts(recipe, load, folder=folder, workers=self.workers, progress=progress)

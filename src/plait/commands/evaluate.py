@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from plait.commands.request import Request, check_one_base, complete_from_texts
+from plait.commands.request import Request, complete_from_texts
 from plait.errors import RecipeError
 from plait.evaluation.card import put_results
 from plait.evaluation.comparison import Leaderboard, compare_merges
@@ -23,7 +23,7 @@ from plait.merging.pipeline import run_recipe
 from plait.mixture.loading import check_loading
 from plait.notices import announce
 from plait.recipes.evaluation import EvalSpec
-from plait.recipes.request import is_recipe_file
+from plait.recipes.request import check_one_base, is_recipe_file
 from plait.recipes.schema import Recipe
 from plait.results.disk import check_not_an_input
 from plait.results.progress import Progress
@@ -92,6 +92,11 @@ class EvaluateOrder:
         return str(source) if isinstance(source, (str, Path)) and not is_recipe_file(source) else None
 
     @cached_property
+    def merge_request(self) -> Request:
+        """The request of a merge in memory, with the base that it is put on: DoRA, and adapters of several names, need it."""
+        return replace(self.request, base=self.options.load.base)
+
+    @cached_property
     def bounds(self) -> tuple[Requirement, ...]:
         """The requirements, read.
 
@@ -132,15 +137,14 @@ class EvaluateOrder:
     def _merges(self) -> tuple[dict[str, Recipe], Path | None, dict[str, str]]:
         """Name → recipe, with tasks and `eval` as asked for; the folder that their paths start from; name → why left out."""
         if isinstance(self.request.source, Recipe):
-            recipe, folder = self.request.resolved
+            recipe, folder = self.merge_request.resolved
             recipes, skipped = {recipe_name(recipe): recipe}, dict[str, str]()
             if self.methods or self.spaces:
                 raise RecipeError("a Recipe has one method and space; give adapters or a recipe file for a leaderboard.")
         else:
             file, adapters = self.request.parts
-            recipes, folder, skipped = variants(
-                file, adapters, self.request.given, self.request.sets, self.methods, self.spaces
-            )
+            given = self.merge_request.given
+            recipes, folder, skipped = variants(file, adapters, given, self.request.sets, self.methods, self.spaces)
         asked = {name: evaluated_recipe(recipe, self.tasks, self.eval) for name, recipe in recipes.items()}
         return asked, folder, skipped
 

@@ -11,7 +11,7 @@ from typing import Any
 from plait.errors import RecipeError
 from plait.hub.pretrained import LoadOptions
 from plait.merging.moments import MomentsOf
-from plait.recipes.request import Adapters, base_from_here, is_recipe_file, read_request
+from plait.recipes.request import Adapters, base_from_here, check_one_base, is_recipe_file, read_request
 from plait.recipes.schema import Recipe
 from plait.results.progress import Progress
 
@@ -121,18 +121,6 @@ class Request:
         from plait.tasks.loading import with_tasks
 
         return with_tasks(recipe, self.tasks)
-
-
-def check_one_base(base: str | Path | None, settings: Mapping[str, Any]) -> None:
-    """Refuse a base model that is given twice, which only a call in Python can do.
-
-    Raises:
-        RecipeError: it is.
-    """
-    if base is not None and settings.get("base_model") is not None:
-        raise RecipeError(
-            f"base= is {str(base)!r} and base_model= is {settings['base_model']!r}: they mean the same; give one."
-        )
 
 
 def complete_from_texts(recipe: Recipe, load: LoadOptions | None, **writing: Any) -> tuple[Recipe, tuple[str, ...]]:

@@ -23,7 +23,7 @@ from plait.merging.truncation import rounded
 from plait.mixture.loading import require_libraries
 from plait.mixture.mixture import Mixture
 from plait.mixture.swaps import FullTensorSet
-from plait.recipes.request import read_request
+from plait.recipes.request import base_from_here, check_one_base, read_request
 from plait.recipes.schema import Recipe
 from plait.results.progress import Progress, SilentProgress
 from plait.results.threads import worker_count
@@ -131,7 +131,7 @@ def load(
         PlaitError: as `plait.merge`; the base is not known or cannot be loaded, or an adapter does not fit it.
     """
     require_libraries(device_map)
-    recipe, folder = _recipe(source, settings)
+    recipe, folder = _recipe(source, settings, base)
     with recipe.origins.named():
         inventory = take_inventory(recipe, folder)
     name = base or inventory.base_model
@@ -154,12 +154,17 @@ def load(
     return LiveMerge(mixture, recipe, acting)
 
 
-def _recipe(source: Any, settings: Mapping[str, Any]) -> tuple[Recipe, Path | None]:
+def _recipe(source: Any, settings: Mapping[str, Any], base: str | Path | None) -> tuple[Recipe, Path | None]:
+    """Return the recipe, with the base that is given in place of its own, and the folder that its relative paths start from."""
+    check_one_base(base, settings)
     if not isinstance(source, Recipe):
         is_file = isinstance(source, (str, Path))
-        return read_request(Path(source) if is_file else None, [] if is_file else source, settings)
+        given = {**settings, **({} if base is None else {"base_model": str(base)})}
+        return read_request(Path(source) if is_file else None, [] if is_file else source, given)
     if settings:
         raise RecipeError(f"a Recipe is complete; put {', '.join(settings)} into it, or give adapters or a recipe's file.")
+    if base is not None:
+        source = source.changed(base_model=base_from_here(str(base)) if source.folder else str(base))
     return source, source.folder
 
 

@@ -93,6 +93,18 @@ def extend_request(
     return build_recipe(apply_overrides(data, overrides), source="the request")
 
 
+def check_one_base(base: str | Path | None, settings: Mapping[str, Any]) -> None:
+    """Refuse a base model that is given twice, which only a call in Python can do.
+
+    Raises:
+        RecipeError: it is.
+    """
+    if base is not None and settings.get("base_model") is not None:
+        raise RecipeError(
+            f"base= is {str(base)!r} and base_model= is {settings['base_model']!r}: they mean the same; give one."
+        )
+
+
 def base_from_here(text: str) -> str:
     """Return a base model's reference for a recipe with a folder of its own: a local path is made absolute."""
     try:
