@@ -102,6 +102,11 @@ def read_lines(path: Path, error: type[PlaitError], *, longest: int = MAX_TEXT_B
         raise error(f"{path}: {found.strerror or found}.") from None
 
 
+def lines_of(text: str) -> list[str]:
+    """Return the lines of a text, without their ends; a separator that only Unicode has, such as U+2028, is part of a line."""
+    return re.split("\r\n|\r|\n", text)
+
+
 def is_there(path: Path, error: type[PlaitError]) -> bool:
     """Return whether there is a file of this name; what is there and is not a file does not count as missing.
 

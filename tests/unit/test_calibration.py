@@ -23,6 +23,7 @@ from plait.errors import PlanError, TaskError
 from plait.linalg.inputs import InputRows
 from plait.notices import PlaitWarning
 from plait.tasks.loading import load_task
+from plait.verification.parity import read_prompts
 from tests.language_models import language_model, write_task
 
 PASSAGES = [Passage((4, 13, 6), (9,)), Passage((5, 17, 14, 6), (10, 2)), Passage((4, 20), (9, 10, 2))]
@@ -301,10 +302,27 @@ def test_texts_from_nothing_and_from_files(tmp_path: Path) -> None:
     lines = read_texts(task, kind="lines", count=9, seed=0)
     assert len(lines.prompts) == 9
     assert all(str(p).removeprefix("sort ").removesuffix(" :") in generic_lines() for p in lines.prompts)
-    (tmp_path / "mine.txt").write_text("w1\n\n  w2\n")
+    (tmp_path / "mine.txt").write_text("w1\n\n  w2\r\n")
     assert set(read_texts(task, kind=None, count=9, seed=0, file=tmp_path / "mine.txt").prompts) == {"sort w1 :", "sort w2 :"}
     (tmp_path / "mine.jsonl").write_text('{"word": "w7"}\n')
     assert read_texts(task, kind=None, count=9, seed=0, file=tmp_path / "mine.jsonl").prompts == ("sort w7 :",)
+
+
+def test_a_line_ends_where_an_editor_ends_it(tmp_path: Path) -> None:
+    """And not at what only Unicode calls the end of a line."""
+    (tmp_path / "mine.txt").write_text("w1\u2028w2\nw3\x0bw4\n", encoding="utf-8")
+    task = load_task(write_task(tmp_path, "sort"))
+    found = read_texts(task, kind=None, count=9, seed=0, file=tmp_path / "mine.txt")
+    assert found.prompts == ("sort w1\u2028w2 :", "sort w3\x0bw4 :")
+    assert read_prompts(tmp_path / "mine.txt") == ["w1\u2028w2", "w3\x0bw4"]
+
+
+@pytest.mark.parametrize(("name", "content"), [("a.txt", ""), ("a.txt", " \n\n"), ("a.jsonl", ""), ("a.csv", "word\n")])
+def test_a_file_without_texts_is_refused(tmp_path: Path, name: str, content: str) -> None:
+    (tmp_path / name).write_text(content)
+    task = load_task(write_task(tmp_path, "sort"))
+    with pytest.raises(TaskError, match=rf"task 'sort': .*{name} has no texts"):
+        read_texts(task, kind=None, count=4, seed=0, file=tmp_path / name, added=64)
 
 
 def test_generic_lines_follow_the_texts(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from plait.errors import TaskError
 from plait.notices import announce
-from plait.parsing import read_text
+from plait.parsing import lines_of, read_text
 from plait.recipes.evaluation import SplitName
 from plait.tasks.asking import NumberHead, Similarity, TargetLikelihood
 from plait.tasks.examples import Examples, fields_of, questions_of
@@ -120,6 +120,11 @@ def read_texts(
             "ships are put into its prompt, as --texts lines does. --texts template takes the bare prompt."
         )
     rows, source, where = _rows(task, kind, split, file)
+    if not rows:
+        raise TaskError(
+            f"task {task.name!r}: {file} has no texts, neither lines nor rows. Give another file, a split (--split NAME), or "
+            "--texts lines."
+        )
     numbers: Sequence[int] = range(len(rows))
     if kind != "template":
         numbers = chosen_rows(task, len(rows), MOST_TEXTS if count is None and kind != "lines" else count, seed)
@@ -215,7 +220,7 @@ def _file_rows(task: RowTask, path: Path) -> Sequence[Row]:
             f"{path}: lines of a text file fill the one field of a prompt, and that of task {task.name!r} has "
             f"{', '.join(fields) or 'none'}. Give rows with these columns (.jsonl, .csv, .parquet)."
         )
-    lines = [line.strip() for line in read_text(path, TaskError).splitlines()]
+    lines = [line.strip() for line in lines_of(read_text(path, TaskError))]
     return _filled(task, [line for line in lines if line])
 
 

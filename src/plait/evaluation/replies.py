@@ -20,7 +20,7 @@ from plait.evaluation.candidates import Candidate, base_candidate, single_candid
 from plait.evaluation.generation import Sampling, write_reply
 from plait.evaluation.loaded_base import LoadedBase
 from plait.evaluation.model_calls import vocabulary
-from plait.parsing import read_text
+from plait.parsing import lines_of, read_text
 from plait.recipes.schema import Recipe
 from plait.records import Record
 from plait.tasks.encoding import PromptEncoder
@@ -209,7 +209,7 @@ def _is_there(place: Path) -> bool:
 
 def _of_file(file: Path) -> Iterator[Prompted]:
     if file.suffix.lower() in _LINES:
-        yield from (line for line in read_text(file, TaskError).splitlines() if line.strip())
+        yield from (line for line in lines_of(read_text(file, TaskError)) if line.strip())
         return
     for number, row in enumerate(read_file(file, besides=_LINES), 1):
         if isinstance(text := row.get("prompt"), str) and text:

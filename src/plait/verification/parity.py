@@ -13,7 +13,7 @@ from plait.extras import require
 from plait.hub.download import COMPANION_FILES, MODEL_FILES, resolve_model
 from plait.hub.pretrained import load_tokenizer, refuse_failures
 from plait.libraries.transformers.quiet import quiet_loading
-from plait.parsing import parse_json, read_object, read_text
+from plait.parsing import lines_of, parse_json, read_object, read_text
 from plait.records import Record
 from plait.results.lock import Lock, read_lock
 from plait.results.progress import Progress, SilentProgress
@@ -64,7 +64,7 @@ def read_prompts(path: Path) -> list[str]:
     Raises:
         RecipeError: it cannot be read, or has none.
     """
-    lines = read_text(path, RecipeError, advice="Give a file of prompts, one per line.").splitlines()
+    lines = lines_of(read_text(path, RecipeError, advice="Give a file of prompts, one per line."))
     numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
     prompts = [_prompt(path, number, line) if path.suffix == ".jsonl" else line for number, line in numbered]
     if not prompts:
