@@ -12,6 +12,8 @@ import pytest
 
 import plait
 from plait.cli.main import command_tree
+from plait.cli.options import _DESCRIPTIONS, _help, flags_of, recipe_keys
+from plait.mixer.mixer import EXAMPLES
 from plait.testing import cohort
 from tests.command_line import exit_code
 from tests.every import every
@@ -96,6 +98,13 @@ def test_options_and_commands_are_in_groups(capsys):
         assert f" {panel} " in shown
     assert exit_code("--help") == 0
     assert " Judge and tune " in capsys.readouterr().out
+
+
+def test_help_says_what_a_key_is_in_its_command():
+    assert {path for _, path in _DESCRIPTIONS} <= {key.path for key in recipe_keys()}
+    shown = {(command, key.path): _help(command, key) for command in ("mix", "tune") for key in flags_of(command).values()}
+    assert f"; {EXAMPLES} when not given." in shown["mix", "eval.subset.max_samples"]
+    assert "energy" not in shown["tune", "output.rank"]
 
 
 def test_a_merge_without_a_method_says_what_the_default_is(pair, capsys):

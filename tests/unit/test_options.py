@@ -9,7 +9,7 @@ import pytest
 import typer
 
 from plait.cli.main import app
-from plait.cli.options import TABLE, flags_of, switches_of
+from plait.cli.options import _DESCRIPTIONS, TABLE, flags_of, switches_of
 from plait.cli.spellings import complete_switches
 from plait.methods import METHODS
 from plait.recipes.calibration import CalibrationSpec
@@ -79,7 +79,7 @@ def test_every_key_has_a_flag_with_its_description() -> None:
         for _, path, text in (row for row in expected() if row[0] == name):
             assert text not in ("", "None"), f"{path} has no description"
             help_ = (found[flags[path]].help or "").replace(r"\[", "[") if flags.get(path) in found else ""
-            if text not in help_:
+            if text not in help_ and (name, path) not in _DESCRIPTIONS:
                 missing.append((name, path))
     assert not missing
 

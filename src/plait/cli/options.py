@@ -129,6 +129,12 @@ _DEFAULTS = {
     ("tune", "scale"): "the one nearest to the adapters",
     ("tune", "output.rank"): "the largest source's",
 }
+#: Where a command takes other values than a recipe, or another one where none is given.
+_DESCRIPTIONS = {
+    ("mix", "eval.subset.max_samples"): "Examples per task on which a setting is scored, at most; 24 when not given.",
+    ("tune", "output.rank"): "Rank of the result: a number, or `auto`.",
+    ("tune", "output.kind"): "A tuning writes a LoRA adapter, and nothing else.",
+}
 _EXAMPLES = dict.fromkeys(("merge", "bake", "eval", "ask", "mix"), "method.density=0.3") | {
     "tune": "tune.prompts=8",
     "sweep": "search.early_stop.patience=5",
@@ -349,7 +355,9 @@ def _help(command: str, key: RecipeKey) -> str:
     words += ["or TASK=FILE"] if key.path.endswith(".texts") else []
     shown = f" ({', '.join(words)})" if key.words and words != ["string"] else ""
     default = _DEFAULTS.get((command, key.path), key.default).strip("[]")
-    return (key.description + shown).replace("[", r"\[") + (rf" \[{default}]" if default else "")
+    return (_DESCRIPTIONS.get((command, key.path), key.description) + shown).replace("[", r"\[") + (
+        rf" \[{default}]" if default else ""
+    )
 
 
 def _read(flags: Mapping[str, RecipeKey], given: Mapping[str, Any]) -> Keys:

@@ -11,7 +11,7 @@ from plait.cli.options import Json, Private
 
 
 def push(
-    folder: Annotated[Path, typer.Argument(help="What merge, bake, compress or extract wrote.", show_default=False)],
+    folder: Annotated[Path, typer.Argument(help="Folder of a result: one with a plait.lock.", show_default=False)],
     repo: Annotated[str, typer.Argument(help="org/name, or name for your own account.", show_default=False)],
     private: Private = False,
     revision: Annotated[str | None, typer.Option(help="Branch to write to; created when missing.", show_default=False)] = None,

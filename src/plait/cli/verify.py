@@ -18,7 +18,7 @@ _SHOWN = 8
 
 
 def verify(
-    folder: Annotated[Path, typer.Argument(help="What merge, bake, compress or extract wrote.", show_default=False)],
+    folder: Annotated[Path, typer.Argument(help="Folder of a result: one with a plait.lock.", show_default=False)],
     rebuild: Annotated[
         bool, typer.Option("--rebuild/--no-rebuild", help="Make it again (in TMPDIR) and compare; or check hashes only.")
     ] = True,
