@@ -232,7 +232,9 @@ def test_a_tuned_merge_is_evaluated_beside_its_sources(place: Path, tmp_path: Pa
     [
         ({"tasks": ()}, "there are no tasks"),
         ({"tasks": ("sort",)}, "adapter 'rate' has no task"),
-        ({"rank": "energy:0.9"}, "a fixed rank"),
+        ({"rank": "energy:0.9"}, "is 'energy:0.9': .* must be a number"),
+        ({"kind": "delta"}, r"output.kind .* is 'delta'"),
+        ({"load_dtype": "int8"}, "dtype 'int8' is not allowed"),
         ({"tune": {"files": {"other": "x.txt"}}}, "'other' is not a task"),
         ({"tune": {"texts": "split", "split": "validation"}}, "has no split 'validation'"),
         ({"tune": {"steps": -1}}, "steps"),
@@ -335,6 +337,32 @@ def test_an_adapter_that_does_nothing_and_one_that_is_there_twice(place: Path, t
     assert twins.kept.share < 1e-4
     record = plait.tune(sources, tasks=tasks, out=tmp_path / "out", **settings).record
     assert any(note.startswith("idle: the own adapter answers these texts as the base does") for note in record.notes)
+
+
+@pytest.mark.parametrize("changes", [{"scale": 0.0}, {"weights": [0, 0], "tune": {"granularity": "module"}}])
+def test_nothing_is_learned_from_a_merge_of_zeros(place: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
+    with pytest.raises(PlanError, match=r"zero in every module \(method 'regmean'\)"):
+        tune(place, tmp_path / "out", **changes)
+    assert not (tmp_path / "out").exists()
+
+
+def test_coefficients_may_start_at_zero(place: Path, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"method": "linear", "weights": [0, 0], "tune": {"steps": 2, "granularity": "module"}}
+    tuned = tune(place, tmp_path / "out", **settings)
+    assert tuned.record.distance is None
+    assert tuned.record.kept.share < 1
+    make_report([tuned.folder], out=tmp_path / "report.html")
+    assert "the start is zero" in (tuned.folder / "README.md").read_text()
+
+
+def test_notes_name_heads_and_keys_that_change_nothing(place: Path, tmp_path: Path) -> None:
+    train_adapter(tmp_path / "sort", "sort", steps=1, modules_to_save=["lm_head"])
+    tasks = [place / "sort.yaml", place / "rate.yaml"]
+    settings: dict[str, Any] = {"base_model": str(place / "base"), "tune": {"steps": 0, "tau": 3, "lowest": 0.5}}
+    notes = plait.tune([tmp_path / "sort", place / "rate"], tasks=tasks, out=tmp_path / "out", **settings).record.notes
+    assert "heads and other full tensors of sort are kept under heads/<name>/, not merged." in notes
+    assert "tune.tau changes nothing here: it is of objective regret_smoothmax." in notes
+    assert "tune.lowest changes nothing here: it is of link projected." in notes
 
 
 def test_a_result_that_is_worse_than_the_base_says_so(place: Path, tmp_path: Path) -> None:

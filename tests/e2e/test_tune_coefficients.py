@@ -228,7 +228,10 @@ def test_a_state_is_of_contents_and_not_of_places(place: Path, tmp_path: Path) -
         ({"judge": "loss"}, "judge 'loss' reads labels"),
         ({"task_weights": "manual"}, "needs the numbers"),
         ({"objective": "gradient", "task_weights": {"other": 1}}, "'other' is not a task"),
+        ({"objective": "gradient", "task_weights": {"sort": 1}}, "gives 'rate' no number"),
+        ({"objective": "gradient", "task_weights": {"sort": 0, "rate": 0}}, "is 0 for every task"),
         ({"samplers": {"other": "inverse"}}, "'other' is not a task"),
+        ({"link": "tanh"}, "'link' is of coefficients; give a granularity"),
         ({"objective": "kl"}, "objective"),
     ],
 )

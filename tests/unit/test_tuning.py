@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from plait.adapters.lowrank import LowRank
-from plait.errors import PlanError, RecipeError
+from plait.errors import PlanError
 from plait.linalg.blocks import RowBlocks
 from plait.mixture import Mixture
 from plait.recipes.tuning import TuneSpec
@@ -172,8 +172,8 @@ def test_task_weights() -> None:
     assert given(task_weights="baseline_normalized") == {"a": 1.0, "b": 0.125}
     assert given(task_weights="baseline_normalized", weight_cap=0.6) == {"a": 0.6, "b": 0.125}
     assert given(task_weights="baseline_normalized", baseline_floor=10.0) == {"a": 0.05, "b": 0.05}
-    with pytest.raises(RecipeError, match="every task a number"):
-        given(task_weights={"a": 1.0})
+    assert given(task_weights={"a": 1.0, "b": 1.0, "c": 2.0}) == {"a": 0.5, "b": 0.5}  # a group of a tree
+    assert given(task_weights={"a": 0.0, "b": 0.0, "c": 2.0}) == {"a": 0.0, "b": 0.0}
 
 
 def test_the_weights_of_regrets_are_the_gradient_of_their_smooth_maximum() -> None:

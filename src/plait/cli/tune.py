@@ -70,8 +70,6 @@ def _show(result: TuneResult) -> None:
     table.add_row("share of the base's", "", *(f"{share:.1%}" for share in shares))
     console.print(table)
     console.print("[dim]KL from each task's own adapter on held-out texts, in nats: 0 answers as the adapter does.[/dim]")
-    console.print(
-        f"[dim]moved by {record.distance:.0%} of its start's norm; {record.outside:.1%} of its energy is outside of what the "
-        "adapters span[/dim]"
-    )
+    moved = "its start is zero" if record.distance is None else f"moved by {record.distance:.0%} of its start's norm"
+    console.print(f"[dim]{moved}; {record.outside:.1%} of its energy is outside of what the adapters span[/dim]")
     print_notes(record.notes)

@@ -280,9 +280,10 @@ def moments_problems(moments: Moments, layouts: Mapping[str, Layout]) -> list[st
     """Return what does not fit: no moments of a module that an adapter has, another shape, inputs that are not vectors."""
     problems = []
     if embeddings := [path for path, layout in layouts.items() if layout.reads_tokens]:
+        having = [name for name, targets in moments.targets.items() if {*targets} & {*embeddings}]
         problems.append(
-            f"{', '.join(embeddings)}: the inputs of an embedding are tokens, with as many second moments as the vocabulary "
-            "has pairs. Merge these adapters with a method that needs no moments"
+            f"{', '.join(having)}: {', '.join(embeddings)}: the inputs of an embedding are tokens, with as many second moments "
+            "as the vocabulary has pairs. Give a method that needs no moments (--method dc_merge)"
         )
     for name, file in moments.files.items():
         wrong = [

@@ -96,7 +96,8 @@ def check_loading(dtype: Any, device_map: Any) -> None:
     Raises:
         PlanError: one of them cannot be used here.
     """
-    if isinstance(dtype, str) and dtype not in ("auto", "stored") and not isinstance(getattr(torch, dtype, None), torch.dtype):
+    known = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if dtype not in ("auto", "stored") and not (isinstance(known, torch.dtype) and known.is_floating_point):
         raise PlanError(f"dtype {dtype!r} is not allowed; it must be one of auto, stored, float32, bfloat16, float16, float64.")
     if not isinstance(device_map, str) or device_map in PLACEMENTS:
         return

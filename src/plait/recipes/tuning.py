@@ -171,6 +171,9 @@ class TuneSpec(TextsSpec):
         if self.train == "factors":
             given = {"granularity", "link", "initial", "normalize", "group_size"} & self.model_fields_set
             problems += [f"{name!r} is of coefficients; train is 'factors'" for name in sorted(given)]
+        elif self.learns_factors:
+            given = {name for name in ("link", "initial", "normalize") if getattr(self, name) not in (None, False)}
+            problems += [f"{name!r} is of coefficients; give a granularity" for name in sorted(given)]
         if self.learns_factors and self.objective == "adamerging":
             problems.append("'adamerging' learns coefficients: factors that only lower an entropy collapse; give a granularity")
         if self.granularity == "direction" and (self.used_link not in ("raw", "projected") or self.normalize):
@@ -205,6 +208,32 @@ class TuneSpec(TextsSpec):
     def used_link(self) -> LinkName:
         """The link, where coefficients are learned."""
         return self.link or DEFAULT_LINKS[self.objective]
+
+    @property
+    def unread(self) -> dict[str, str]:
+        """Which keys have values that change nothing here: name → what reads it."""
+        link = None if self.learns_factors else self.used_link
+        normalized = self.task_weights == "baseline_normalized"
+        labeled, weighted = self.objective in LABELED, self.objective in ("gradient", "supermerge")
+        readers = {
+            "objective gradient or supermerge": (weighted, ("task_weights",)),
+            "task_weights: baseline_normalized": (normalized, ("baseline_floor", "weight_cap")),
+            "an objective that reads labels": (labeled, ("label_smoothing", "baseline_batches")),
+            "objective adamerging": (self.objective == "adamerging", ("entropy_over", "entropy_temperature")),
+            "objective regret_smoothmax": (self.objective == "regret_smoothmax", ("tau", "regret_eps")),
+            "group_size": (self.group_size is not None, ("polish_steps",)),
+            "link projected": (link in ("projected", "tanh"), ("lowest", "highest")),  # tanh has bounds of its own, −1 and 1
+            "link simplex_scaled": (link == "simplex_scaled", ("magnitude", "magnitude_initial", "learn_magnitude")),
+            "patience": (self.patience > 0, ("threshold", "min_steps", "stop_warmup")),
+            "restore_best": (self.restore_best, ("tolerance",)),
+        }
+        fields = type(self).model_fields
+        return {
+            name: reader
+            for reader, (reads, names) in readers.items()
+            for name in names
+            if not reads and getattr(self, name) != fields[name].default
+        }
 
     @property
     def used_rate(self) -> float:

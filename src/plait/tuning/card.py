@@ -48,7 +48,7 @@ One LoRA adapter of rank {record.rank}, made from {len(names)} adapters by plait
 KL is the mean divergence from the task's own adapter, in nats, on texts that were held out.
 
 - **Steps**: {len(record.losses)}; what step {record.kept_step} had learned was kept.
-- **Distance from the start**: {record.distance:.3g} of its norm; {record.outside:.2%} of the energy is outside of what the
+- **Distance from the start**: {_distance(record)}; {record.outside:.2%} of the energy is outside of what the
   sources span.
 
 {_how(record)}## Load it
@@ -68,6 +68,10 @@ def _learned(record: TuneRecord) -> str:
     if record.objective == "distill":
         return f"{what} learned to answer as each task's own adapter does on\nunlabeled texts of that task"
     return f"{what} been learned: {OBJECTIVES[record.objective].summary}\n(`{record.objective}`)"
+
+
+def _distance(record: TuneRecord) -> str:
+    return "the start is zero" if record.distance is None else f"{record.distance:.3g} of its norm"
 
 
 def _how(record: TuneRecord) -> str:

@@ -24,7 +24,7 @@ def notes_on(
     known = {x.task: seen_in_training(texts[x.task], adapters[x.adapter]) for x in taught.lessons}
     trained = [name for name, t in texts.items() if t.source == "split 'train'" and known[name] is None]
     tested = [name for name, t in texts.items() if t.source == "split 'test'"]
-    notes = []
+    notes = [f"tune.{name} changes nothing here: it is of {reader}." for name, reader in inventory.recipe.tune.unread.items()]
     if right:
         notes.append(f"labels were read: {sum(map(len, right.values()))} in all.")
     if tested:

@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from plait.calibration.teachers import OutputDistributions
-from plait.errors import RecipeError
 from plait.recipes.tuning import TuneSpec
 
 
@@ -102,16 +101,11 @@ def equal_weights(losses: Losses, references: ReferenceLosses, spec: TuneSpec) -
 
 
 def task_weights(losses: Losses, references: ReferenceLosses, spec: TuneSpec) -> dict[str, float]:
-    """Equal; the recipe's, divided by their sum; or 1 / (T · max(floor, Lₜ of the own adapter)), at most the cap.
-
-    Raises:
-        RecipeError: the recipe's weights are not of these tasks, or all zero.
-    """
+    """Equal; the recipe's, divided by their sum over these tasks; or 1 / (T · max(floor, Lₜ own)), at most the cap."""
     given = spec.task_weights
     if isinstance(given, Mapping):
-        if given.keys() != losses.keys() or not any(given.values()):
-            raise RecipeError(f"tune.task_weights must give every task a number, one above 0: {', '.join(losses)}.")
-        return {task: given[task] / sum(given.values()) for task in losses}
+        total = sum(given[task] for task in losses) or 1.0  # a group of a tree may have tasks without weight alone
+        return {task: given[task] / total for task in losses}
     if given != "baseline_normalized":
         return equal_weights(losses, references, spec)
     cap = spec.weight_cap or math.inf

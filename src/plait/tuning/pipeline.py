@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from plait.adapters.lowrank import LowRank
 from plait.calibration.inputs import check_texts, load_for_texts
 from plait.calibration.rebuilding import check_same_texts, request_of
 from plait.calibration.request import base_digests, base_of, locked_request
@@ -146,7 +147,7 @@ def _run(
     spec, clock = recipe.tune, _Clock()
     inventory = take_inventory(recipe, folder)
     check_not_an_input(out, input_folders(inventory), command="tuning")
-    plan_start(inventory)
+    plan = plan_start(inventory)
     rank = _rank(inventory)
     if not spec.learns_factors:
         coefficients.check_coefficients(inventory)
@@ -172,6 +173,7 @@ def _run(
     scale, scales, start = scale_start(factors, taught, recipe, working, progress)
     clock.lap("scale")
     before = factors.factors.deltas()
+    _check_start(inventory, before)
     tuning = _Tuning(inventory, mixture, taught, closed, scale, working, progress)
     learned = tuning.factors(factors, start) if spec.learns_factors else tuning.coefficients(factors)
     clock.lap("learning")
@@ -202,7 +204,7 @@ def _run(
             outside=energy_outside_span(made.deltas, inventory),
             coefficients=learned.coefficients,
             tree=learned.tree,
-            notes=(*excluded, *notes_on(inventory, texts, right, taught, learned.run), *learned.notes),
+            notes=(*plan.notes, *excluded, *notes_on(inventory, texts, right, taught, learned.run), *learned.notes),
             seconds=clock.seconds,
             finished=datetime.now().astimezone().isoformat(timespec="seconds"),
             **controls,
@@ -359,9 +361,26 @@ def _digest(
 def _rank(inventory: Inventory) -> int:
     """Return the rank to learn at: the recipe's, or that of the largest source."""
     wanted = inventory.recipe.output
-    if wanted.kind != "adapter" or wanted.energy is not None:
-        raise PlanError("output: a tuning writes an adapter of a fixed rank; output.rank (--rank) must be a number or 'auto'.")
+    if wanted.kind != "adapter":
+        raise PlanError(f"output.kind (--kind) is {wanted.kind!r}: a tuning writes an adapter, of low rank. Leave it out.")
+    if wanted.energy is not None:
+        raise PlanError(
+            f"output.rank (--rank) is {wanted.rank!r}: a tuning learns at a rank that is fixed before; it must be a number, or "
+            "'auto' for the largest source's."
+        )
     return int(wanted.rank) if wanted.rank != "auto" else max(r for a in inventory.adapters for r in a.ranks)
+
+
+def _check_start(inventory: Inventory, start: Mapping[str, Sequence[LowRank]]) -> None:
+    """Refuse to learn from nothing: the gradient of each factor is a product with the other, so that two zeros stay zero."""
+    recipe = inventory.recipe
+    if not recipe.tune.learns_factors and coefficients.is_linear(recipe):
+        return  # the columns are the adapters, which are not zero where their weights are
+    if not any(s.a.any() and s.b.any() for slices in start.values() for s in slices):
+        raise PlanError(
+            f"the merge that the tuning starts at is zero in every module (method {recipe.method_name!r}), and learns nothing "
+            "from there: its scale or all weights are 0, or no adapter changes anything (plait inspect). Give others."
+        )
 
 
 def _lessons(

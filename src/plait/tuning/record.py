@@ -54,7 +54,7 @@ class TuneRecord(Viewed, Record):
         losses: the objective at every step, on its texts.
         kept_step: the step whose factors were kept.
         rank: of the written adapter.
-        distance: ‖M − M₀‖ / ‖M₀‖ of the result M and its start M₀.
+        distance: ‖M − M₀‖ / ‖M₀‖ of the result M and its start M₀; None where that is zero.
         outside: share of ‖M‖² outside of the joint row and column spaces of the sources: 0 for a weighted sum of them;
             `regmean` moves rows.
         objective: what was minimized.
@@ -78,7 +78,7 @@ class TuneRecord(Viewed, Record):
     losses: tuple[float, ...]
     kept_step: int
     rank: int
-    distance: float
+    distance: float | None
     outside: float
     notes: tuple[str, ...]
     seconds: dict[str, float]

@@ -14,14 +14,14 @@ from plait.merging.inventory import Inventory
 _ROUND_OFF = 1e-6  # directions below this share of the largest are not counted to a span
 
 
-def relative_distance(result: Mapping[str, Sequence[LowRank]], start: Mapping[str, Sequence[LowRank]]) -> float:
-    """Return ‖M − M₀‖_F / ‖M₀‖_F over all target modules; infinite where the start is zero and the result is not."""
+def relative_distance(result: Mapping[str, Sequence[LowRank]], start: Mapping[str, Sequence[LowRank]]) -> float | None:
+    """Return ‖M − M₀‖_F / ‖M₀‖_F over all target modules; None where the start is zero."""
     moved = size = 0.0
     for target, slices in result.items():
         for one, other in zip(slices, start[target], strict=True):
             moved += LowRank.concatenate([one, other], [1.0, -1.0]).energy()
             size += other.energy()
-    return (moved / size) ** 0.5 if size else (0.0 if moved == 0 else float("inf"))
+    return (moved / size) ** 0.5 if size else None
 
 
 def energy_outside_span(result: Mapping[str, Sequence[LowRank]], inventory: Inventory) -> float:

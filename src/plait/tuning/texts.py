@@ -31,6 +31,10 @@ def tuning_texts(
     named: dict[str, Mapping[str, object]] = {"files": spec.files, "samplers": spec.samplers, "task_weights": weights}
     for key, given in named.items():
         problems += tasks_key_problem(recipe, "tune", key, given, tasks)
+    missing = [t.name for t in tasks if t.name not in weights]
+    if isinstance(spec.task_weights, dict) and (missing or not any(weights.values())):
+        text = f"gives {', '.join(map(repr, missing))} no number" if missing else "is 0 for every task"
+        problems.append(f"tune.task_weights {text}; every task must have one, and one must be above 0.")
     problems += [problem for t in tasks if (problem := answer_problem(t))]
     if spec.objective == "hidden":
         problems += [
