@@ -36,7 +36,8 @@ def run(capsys, monkeypatch):
 
 @pytest.fixture
 def cohort(tmp_path):
-    return [open_linear(tmp_path / name, SHAPES, seed=i).folder for i, name in enumerate(("maths", "code", "law"))]
+    names = ("maths", "code", "law")
+    return [open_linear(tmp_path / n, SHAPES, seed=i, task_type="CAUSAL_LM").folder for i, n in enumerate(names)]
 
 
 def test_the_verdict_comes_first(run, cohort):
