@@ -219,6 +219,19 @@ def test_the_result_is_one_of_plaits(tuned: TuneResult, tmp_path: Path) -> None:
     assert "learned to answer as each task's own adapter does" in card
 
 
+def test_a_base_is_written_by_its_name_when_it_is_tuned_again(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(place.parent)
+    tasks = [place / "sort.yaml", place / "rate.yaml"]
+    plait.tune(
+        [place / "sort", place / "rate"], tasks=tasks, base_model=f"{place.name}/base", out=tmp_path / "out", tune={"steps": 0}
+    )
+    verified = plait.verify(tmp_path / "out")
+    assert verified.ok, verified.rebuilt
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["base_model_name_or_path"] == f"{place.name}/base"
+
+
 def test_a_tuned_merge_is_evaluated_beside_its_sources(place: Path, tmp_path: Path, tuned: TuneResult) -> None:
     tasks = [write_task(tmp_path, t) for t in ("sort", "rate")]
     found = plait.evaluate(tuned.folder, tasks=tasks, workspace=tmp_path / "ws")

@@ -238,10 +238,12 @@ def rebuild_tuning(
         PlaitError: it cannot be done; the texts are others now.
     """
     recipe, options, locked = request_of(lock, folder, inputs, "tune")
+    load = LoadOptions(**options, base=recipe.base_model)
+    recipe = recipe.changed(base_model=lock.recipe.get("base_model"))  # the name that is written, wherever the base is now
     inventory = take_inventory(recipe)
     texts, right, _ = tuning_texts(recipe, None, inventory)
     check_same_texts(texts if recipe.tune.allow_test else without_test_texts(texts, right)[0], locked)
-    run_tune(recipe, folder=None, out=out, options=TuneOptions(LoadOptions(**options), workers=workers), progress=progress)
+    run_tune(recipe, folder=None, out=out, options=TuneOptions(load, workers=workers), progress=progress)
 
 
 @dataclass(frozen=True, eq=False)
