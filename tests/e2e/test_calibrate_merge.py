@@ -225,6 +225,11 @@ def test_auto_parameters_are_refused_where_nothing_finds_them(
     assert "the scale and density are found on the tasks' texts" in capsys.readouterr().out.replace("\n", " ")
 
 
+def test_tasks_that_are_not_read_are_noted(place: Path, tmp_path: Path) -> None:
+    notes = merge(place, tmp_path / "ties", method="ties").record.notes
+    assert notes[-1] == "--tasks (tasks=) changes nothing here: method 'ties' lacks no second moments, and no value is 'auto'."
+
+
 def test_a_scale_of_auto_is_refused_without_tasks(place: Path, tmp_path: Path) -> None:
     sources = [place / "sort", place / "rate"]
     for call in (lambda: plait.merge(sources, scale="auto", out=tmp_path / "no"), lambda: plait.plan(sources, scale="auto")):

@@ -201,7 +201,14 @@ class WritingOrder:
         self, recipe: Recipe, folder: Path | None, progress: Progress | None, load: LoadOptions | None
     ) -> tuple[Recipe, tuple[str, ...]]:
         """Take what a recipe leaves to its tasks' texts; see `complete_from_texts` of this module."""
-        return complete_from_texts(recipe, load, folder=folder, progress=progress, **self.writing)
+        completed, notes = complete_from_texts(recipe, load, folder=folder, progress=progress, **self.writing)
+        if self.request.tasks and not _reads_texts(recipe, self.request.function):
+            notes = (
+                *notes,
+                f"--tasks (tasks=) changes nothing here: method {recipe.method_name!r} lacks no second moments, and no value "
+                "is 'auto'.",
+            )
+        return completed, notes
 
 
 @dataclass(frozen=True)
