@@ -205,6 +205,8 @@ def test_sounds_of_several_lengths_are_answered_in_their_order(world: World) -> 
 def test_a_tuning_starts_bad_and_ends_better(world: World, tmp_path: Path, kind: str) -> None:
     """By its own record, and by PEFT's models of the adapters, one example at a time in float64."""
     learn = {"steps": 24, "learning_rate": 0.02, "held_out": 0, "tolerance": 0}
+    if kind == "clip":
+        learn["soft_weight"] = 0  # at this rate it swings between two tasks of two classes each
     result = plait.tune(world.adapters(kind), method="linear", out=tmp_path / "tuned", tune=learn, **world.given(kind))
     found = result.record
     assert found.start.share > 0.2

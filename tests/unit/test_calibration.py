@@ -256,6 +256,35 @@ def test_divergence_with_the_largest_entries_only_is_a_lower_bound_near_it() -> 
     torch.testing.assert_close(part, whole.divergence(q), rtol=0.05, atol=0.05)
 
 
+def test_softened_divergence_is_of_the_likeliest_outcomes() -> None:
+    drawn = torch.Generator().manual_seed(0)
+    p, q = (4 * torch.randn(3, 50, generator=drawn) for _ in range(2))
+    whole = keep_distributions(p, positions=3)
+    wanted = []
+    for a, b in zip(p.double().tolist(), q.double().tolist(), strict=True):
+        likeliest = sorted(range(50), key=lambda v: -a[v])[:16]
+        raised = [[math.exp(x[v] / 3) for v in likeliest] for x in (a, b)]
+        own, other = ([r / sum(row) for r in row] for row in raised)
+        wanted.append(9 * sum(x * math.log(x / y) for x, y in zip(own, other, strict=True)))
+    assert whole.softened_divergence(q, 3).tolist() == pytest.approx(wanted, rel=1e-5)
+    top = whole.log_p.topk(20, -1)
+    rest = torch.log1p(-top.values.exp().sum(-1, keepdim=True))  # a larger number than most: no outcome all the same
+    part = OutputDistributions(torch.cat([top.values, rest], -1), top.indices)
+    torch.testing.assert_close(part.softened_divergence(q, 3), whole.softened_divergence(q, 3))
+
+
+def test_softened_divergence_of_few_and_impossible_outcomes() -> None:
+    few = keep_distributions(torch.tensor([[2.0, 0.0, -math.inf]]), positions=1)
+    q = torch.tensor([[1.0, 0.0, -math.inf]], requires_grad=True)
+    found = few.softened_divergence(q, 2).sum()
+    found.backward()
+    own, other = math.exp(1) / (1 + math.exp(1)), math.exp(0.5) / (1 + math.exp(0.5))
+    wanted = 4 * (own * math.log(own / other) + (1 - own) * math.log((1 - own) / (1 - other)))
+    assert float(found.detach()) == pytest.approx(wanted, rel=1e-5)
+    assert q.grad is not None
+    assert bool(torch.isfinite(q.grad).all())
+
+
 def test_answers_come_in_the_order_of_the_passages() -> None:
     model = language_model()
     found = teacher_distributions(model, PASSAGES, batch_size=2)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from plait.adapters.lowrank import LowRank
+from plait.calibration.teachers import keep_distributions
 from plait.errors import PlanError
 from plait.linalg.blocks import RowBlocks
 from plait.mixture import Mixture
@@ -122,6 +123,25 @@ def softmax(row: Tensor) -> list[float]:
 
 def close(found: Tensor, wanted: list[float]) -> None:
     torch.testing.assert_close(found.double(), torch.tensor(wanted, dtype=torch.float64), rtol=1e-5, atol=1e-6)
+
+
+def test_distill() -> None:
+    torch.manual_seed(2)
+    own = 3 * torch.randn(5, 30)
+    found = message(logits=torch.randn(5, 30), teacher=keep_distributions(own, positions=5))
+    plain = [
+        sum(p * math.log(p / q) for p, q in zip(softmax(a), softmax(b), strict=True))
+        for a, b in zip(own, found.logits, strict=True)
+    ]
+    close(OBJECTIVES["distill"].loss(found, SPEC), plain)  # of coefficients
+    softened = []
+    for a, b in zip(own, found.logits, strict=True):
+        at = a.argsort(descending=True)[:16]
+        rows = (softmax(a[at] / 2), softmax(b[at] / 2))
+        softened.append(4 * sum(p * math.log(p / q) for p, q in zip(*rows, strict=True)))
+    for spec, weight in ((SPEC.model_copy(update={"soft_weight": 0.5}), 0.5), (TuneSpec(train="factors"), 1.0)):
+        wanted = [a + weight * b for a, b in zip(plain, softened, strict=True)]
+        close(OBJECTIVES["distill"].loss(found, spec.model_copy(update={"soft_temperature": 2.0})), wanted)
 
 
 def test_cross_entropy() -> None:

@@ -23,6 +23,7 @@ from plait.tasks.encoding import Question
 
 _MOST_BYTES = 1 << 30  # of one task's distributions; above, only the largest entries are kept
 _KEPT = 1024
+_LIKELIEST = 16  # outcomes that are compared at a temperature: over all of them the sum of the unlikely ones decides
 _BATCH = 16  # texts read at a time
 
 
@@ -55,8 +56,22 @@ class OutputDistributions:
         if self.index is not None:
             kept = log_q.gather(-1, self.index)
             log_q = torch.cat([kept, _log_rest(kept)], -1)
-        p = self.log_p.exp()
-        return (p * (self.log_p - log_q)).where(p > 0, 0).sum(-1)
+        return _divergence(self.log_p, log_q)
+
+    def softened_divergence(self, logits: Tensor, temperature: float) -> Tensor:
+        """Return T² KL(pᵀ ‖ qᵀ) per row in nats, (N,), of the 16 likeliest outcomes of these alone.
+
+        pᵀ ∝ p^(1/T) and qᵀ ∝ softmax(logits)^(1/T), each of sum 1 over those outcomes; the factor T² keeps gradients of one
+        size (Hinton et al. 2015, arXiv:1503.02531, §2).
+
+        Args:
+            logits: (N, V) float32.
+            temperature: T.
+        """
+        known = self.log_p if self.index is None else self.log_p[:, :-1]  # not the rest
+        likeliest, at = known.topk(min(_LIKELIEST, known.shape[-1]), -1)
+        own = logits.gather(-1, at if self.index is None else self.index.gather(-1, at))
+        return temperature**2 * _divergence(*((x / temperature).log_softmax(-1) for x in (likeliest, own)))
 
 
 def keep_distributions(logits: Tensor, *, positions: int) -> OutputDistributions:
@@ -241,6 +256,11 @@ def concatenated(parts: Sequence[OutputDistributions]) -> OutputDistributions:
     """Return the rows of several, one after the other."""
     index = [a.index for a in parts if a.index is not None]
     return OutputDistributions(torch.cat([a.log_p for a in parts]), torch.cat(index) if index else None)
+
+
+def _divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
+    p = log_p.exp()
+    return (p * (log_p - log_q)).where(p > 0, 0).sum(-1)
 
 
 def _log_rest(log_p: Tensor) -> Tensor:

@@ -44,6 +44,16 @@ class TuneSpec(TextsSpec):
         ObjectiveName,
         Field(description="What is minimized: divergence from the adapters' answers or hidden states, entropy, losses."),
     ] = "distill"
+    soft_weight: Annotated[
+        NotNegative | None,
+        Field(
+            description="Weight of the divergence at `soft_temperature` in `distill`; 1 for factors, 0 for coefficients, when "
+            "not given."
+        ),
+    ] = None
+    soft_temperature: Annotated[
+        Positive, Field(description="Temperature at which `distill` compares the likeliest outcomes.")
+    ] = 4.0
     train: Annotated[
         Literal["factors", "coefficients"] | None,
         Field(description="Learn the merge's factors, or coefficients of its columns; factors where no granularity is given."),
@@ -219,6 +229,11 @@ class TuneSpec(TextsSpec):
             "objective gradient or supermerge": (weighted, ("task_weights",)),
             "task_weights: baseline_normalized": (normalized, ("baseline_floor", "weight_cap")),
             "an objective that reads labels": (labeled, ("label_smoothing", "baseline_batches")),
+            "objective distill": (self.objective == "distill", ("soft_weight",)),
+            "objective distill with a soft_weight": (
+                self.objective == "distill" and bool(self.used_soft_weight),
+                ("soft_temperature",),
+            ),
             "objective adamerging": (self.objective == "adamerging", ("entropy_over", "entropy_temperature")),
             "objective regret_smoothmax": (self.objective == "regret_smoothmax", ("tau", "regret_eps")),
             "group_size": (self.group_size is not None, ("polish_steps",)),
@@ -234,6 +249,11 @@ class TuneSpec(TextsSpec):
             for name in names
             if not reads and getattr(self, name) != fields[name].default
         }
+
+    @property
+    def used_soft_weight(self) -> float:
+        """The weight of the divergence at a temperature: coefficients cannot follow it without leaving the other."""
+        return (1.0 if self.learns_factors else 0.0) if self.soft_weight is None else self.soft_weight
 
     @property
     def used_rate(self) -> float:

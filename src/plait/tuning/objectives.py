@@ -58,10 +58,18 @@ class ReferenceLosses:
 
 
 def distill_loss(outputs: BatchOutputs, spec: TuneSpec) -> Tensor:
-    """KL(own adapter ‖ merge) per position, (N,) nats (Hinton et al. 2015, arXiv:1503.02531)."""
+    """KL(p ‖ q) + λ T² KL(pᵀ ‖ qᵀ) per position, (N,) nats: p of the own adapter, q of the merge (Hinton et al. 2015,
+    arXiv:1503.02531).
+
+    pᵀ and qᵀ are p and q at temperature T, over the likeliest outcomes of p (`OutputDistributions.softened_divergence`). Where
+    an adapter is nearly certain, KL(p ‖ q) has next to no gradient; there they tell by how much.
+    """
     if outputs.teacher is None:
         raise AssertionError("no teacher")
-    return outputs.teacher.divergence(outputs.logits)
+    loss = outputs.teacher.divergence(outputs.logits)
+    if weight := spec.used_soft_weight:
+        loss = loss + weight * outputs.teacher.softened_divergence(outputs.logits, spec.soft_temperature)
+    return loss
 
 
 def hidden_loss(outputs: BatchOutputs, spec: TuneSpec) -> Tensor:
