@@ -10,7 +10,6 @@ import pytest
 
 import plait
 from plait.adapters.adapter import Adapter
-from plait.inspection.compatibility import serving
 from plait.merging.card import loader_of_model
 from tests.adapters_on_disk import Linear, write_adapter
 from tests.command_line import exit_code
@@ -71,7 +70,7 @@ def test_other_kinds_of_models_are_loaded_by_peft(
     assert f"from transformers import {loader}\n" in (again / "README.md").read_text()
 
 
-@every("config", [{"task_type": "CAUSAL_LM"}, note(*TEXTS)])
+@every("config", [{"task_type": "CAUSAL_LM"}, note(*TEXTS), {}])
 def test_adapters_of_language_models_are_served(
     tmp_path_factory: pytest.TempPathFactory, capsys: pytest.CaptureFixture[str], config: dict[str, Any]
 ) -> None:
@@ -95,7 +94,6 @@ def test_a_note_is_taken_of_transformers_alone(tmp_path: Path) -> None:
     ):
         folder = pair(tmp_path / str(number), note(module, name))["a"]
         assert Adapter.open(folder, "a").config.noted_class is None
-        assert serving([Adapter.open(folder, "a")]).adapters[0].other_kind is not None
 
 
 @every(

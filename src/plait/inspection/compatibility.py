@@ -53,8 +53,8 @@ class ServedAdapter(Record):
         name: of the adapter.
         rank: its largest rank.
         max_lora_rank: the smallest setting that holds it; None when vLLM has none that large.
-        other_kind: what it is for, where that is not a language model that writes texts, of which alone plait knows what
-            vLLM serves; else None.
+        other_kind: what it is for, where that is known not to be a language model that writes texts, of which alone plait
+            knows what vLLM serves; else None.
         refused: what vLLM does not load, or would load wrongly; empty when all is well.
     """
 
@@ -295,13 +295,17 @@ def max_lora_rank(rank: int) -> int | None:
 
 
 def other_kind(adapter: Adapter) -> str | None:
-    """Return what an adapter is for, where that is not known to be a language model that writes texts; else None."""
+    """Return what an adapter is for, where that is not a language model that writes texts; else None.
+
+    One that says nothing of it, by PEFT's task type or note of the class, is told by its paths alone.
+    """
     task, noted = adapter.config.raw.get("task_type"), adapter.config.noted_class
-    if task != _WRITES:
-        if task or noted is None:
-            return f"task type {task}" if task else "adapters without a task type"
-        if task_of({"architectures": [noted[1]]}) != _WRITES:
-            return noted[1]
+    if task and task != _WRITES:
+        return f"task type {task}"
+    if not task and noted is not None and task_of({"architectures": [noted[1]]}) != _WRITES:
+        return noted[1]
+    if not task and noted is None and any("encoder" in path.split(".") for path in adapter.targets):
+        return "layers of an encoder"
     found = sorted({short_name(path) for path in adapter.targets if _SEES_OR_HEARS.search(path)})
     return f"layers that see or hear ({listed(found)})" if found else None
 
