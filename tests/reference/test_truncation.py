@@ -174,20 +174,22 @@ def test_noise_is_truncated_within_one_per_cent():
     assert error(x, truncated_svd(rows_of(x), 32, Key(0))) < 1.01 * best_error(x, 32)
 
 
-@pytest.mark.parametrize(
-    "guide",
-    [lambda x: x * 0, lambda x: x * math.inf, lambda x: x[:1].expand_as(x), lambda x: normal(300, 300, seed=5) @ x * 1e-9],
-    ids=["nothing", "overflow", "one direction", "anywhere"],
-)
-def test_a_bad_guide_does_no_harm(guide):
+@pytest.mark.parametrize("factors", [2, 32, 100], ids=["few", "as many as wanted", "many"])
+@pytest.mark.parametrize("kind", ["nothing", "overflow", "one direction", "anywhere"])
+def test_a_bad_guide_does_no_harm(kind, factors):
     x = normal(400, 300)
+    a = {"nothing": 0.0, "overflow": math.inf, "one direction": 1.0, "anywhere": 1e-9}[kind] * normal(factors, 300, seed=5)
+    guide = [(normal(400, factors, seed=6), a[:1].expand_as(a) if kind == "one direction" else a)]
     matrix = RowBlocks((400, 300), lambda start, stop: x[start:stop], x.dtype, guide)
     assert error(x, truncated_svd(matrix, 32, Key(0))) < 1.01 * best_error(x, 32)
 
 
-def test_a_good_guide_spares_iterations():
+@pytest.mark.parametrize("factors", [20, 50], ids=["as many as wanted", "many"])
+def test_a_good_guide_spares_iterations(factors):
     x = spectrum([1.0] * 20) + 1e-3 * normal(400, 300, seed=7)
-    guided = RowBlocks((400, 300), lambda start, stop: x[start:stop], x.dtype, lambda y: x.mT @ (x @ y))
+    u, s, vh = torch.linalg.svd(x, full_matrices=False)
+    guide = [(u[:, i : i + 10] * s[i : i + 10], vh[i : i + 10]) for i in range(0, factors, 10)]
+    guided = RowBlocks((400, 300), lambda start, stop: x[start:stop], x.dtype, guide)
     assert error(x, truncated_svd(guided, 20, Key(0), iterations=0)) < 1.01 * best_error(x, 20)
     assert error(x, truncated_svd(rows_of(x), 20, Key(0), iterations=0)) > 1.01 * best_error(x, 20)
 

@@ -1,29 +1,47 @@
 """A matrix that exists only as blocks of rows, and what can be learned of it by passing over them.
 
 `RowBlocks` is how a dense m × n delta is handled: its first rows, up to a fixed number of entries, are computed once and kept,
-and every pass computes those beyond anew. The truncated SVD is a subspace iteration fed by such passes.
+and every pass computes those beyond anew. The truncated SVD is a block Krylov method fed by such passes.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 from plait.deferred import Tensor, torch
 from plait.linalg.factored import ThinSVD, orthonormal_rows
 from plait.linalg.keyed import Key, uniform
 
-RangeHint = Callable[[Tensor], Tensor]
+RangeHint = Sequence[tuple[Tensor, Tensor]]
 
 MATRIX_BLOCK_ELEMENTS = 1 << 19  # rows per block × columns: enough rows that products of factors run at full speed
 CACHED_ELEMENTS = 1 << 19  # work on single entries takes so many at a time, over all adapters: they stay in the cache
 _CHANCE = 1e-3  # share of the random part in a sketch that has a hint
-_OVERSAMPLE = 16  # extra rows of a sketch
-_CONTINUED = 4  # so many directions beyond those that are wanted begin the next block
-_SETTLED = 0.1  # share of what a block gained that is left to those that do not begin the next one
-_TOLERANCE = 0.01  # share of its error that an iteration of the SVD must gain for another one
+_DENSE_BELOW = 16  # a matrix that is not twice as wide as its rank and so much is decomposed completely
 HOLD_ELEMENTS = 1 << 26  # so much of a matrix is computed once and kept: 256 MiB in float32, any projection of an 8B model
 _SAFE = 1e-20  # a sum of squares in float32 below this may have lost some of them
+
+
+class _Search(NamedTuple):
+    """How `truncated_svd` searches.
+
+    Attributes:
+        extra: rows of the sketch beyond those that are wanted, or that the hint has.
+        continued: so many directions beyond those that are wanted begin the next block.
+        settled: share of what a block gained that is left to those that do not begin the next one.
+        tolerance: share of its error that a block must gain for another one.
+    """
+
+    extra: int
+    continued: int
+    settled: float
+    tolerance: float
+
+
+_AT_LARGE = _Search(16, 4, 0.1, 0.01)
+_HINTED = _Search(0, 0, 0.2, 0.004)  # from where the hint has the row space, more and narrower blocks find more in fewer rows
 
 
 class RowBlocks:
@@ -34,8 +52,8 @@ class RowBlocks:
         rows: `rows(start, stop)` returns the rows [start, stop), (stop − start, n). It must be pure: what is not kept is
             computed again in every pass.
         dtype: of the blocks.
-        range_hint: x (n, k) ↦ Nᵀ N x, (n, k), of a matrix N whose leading row space is believed to be near this one's. It
-            spares `truncated_svd` iterations when that is so and costs one when it is not.
+        range_hint: factors b (m, r), a (r, n) of matrices whose row spaces are believed to hold most of this one's leading row
+            space. They spare `truncated_svd` iterations when that is so and cost one when it is not.
     """
 
     def __init__(
@@ -43,7 +61,7 @@ class RowBlocks:
         shape: tuple[int, int],
         rows: Callable[[int, int], Tensor],
         dtype: torch.dtype,
-        range_hint: RangeHint | None = None,
+        range_hint: RangeHint = (),
     ) -> None:
         self.shape = shape
         self.dtype = dtype
@@ -153,10 +171,11 @@ def truncated_svd(matrix: RowBlocks, rank: int, key: Key, *, iterations: int = 4
     """Compute the leading `rank` singular triplets of a matrix given by row blocks.
 
     Musco & Musco 2015 (arXiv:1504.05477), algorithm 2: a randomized block Krylov method, which finds the triplets in the span
-    of all blocks so far. Deviations: a block begins with the leading directions found until then, a few more than are wanted;
-    it ends when the error ‖M − U S Vᵀ‖ fell by less than a share of itself (what is left to gain is less than that in
-    practice); and it begins with the matrix's `range_hint` where there is one. The sketch is drawn from `key`, never from a
-    global generator. Where the sketch would be half as wide as the matrix, a dense SVD is exact and cheaper, and used instead.
+    of all blocks so far. Deviations: a block begins with the leading directions found until then; it ends when the error
+    ‖M − U S Vᵀ‖ fell by less than a share of itself (what is left to gain is less than that in practice); and it begins with
+    the matrix's `range_hint` where there is one: with its rows, where they are about as many as are wanted. The sketch is drawn
+    from `key`, never from a global generator. Where the sketch would be half as wide as the matrix, a dense SVD is exact and
+    cheaper, and used instead.
 
     Args:
         matrix: (m, n), float32 or float64.
@@ -166,51 +185,60 @@ def truncated_svd(matrix: RowBlocks, rank: int, key: Key, *, iterations: int = 4
     """
     m, n = matrix.shape
     rank = min(rank, m, n)
-    width = rank + _OVERSAMPLE
-    if min(m, n) <= 2 * max(width, 32):
+    if min(m, n) <= 2 * max(rank + _DENSE_BELOW, 32):
         u, s, vh = torch.linalg.svd(matrix.dense(), full_matrices=False)
         return ThinSVD(u[:, :rank], s[:rank].double(), vh[:rank])
     total = matrix.energy()
     slack = torch.finfo(matrix.dtype).eps * total  # the round-off of a sum of squares
+    known = sum(len(a) for _, a in matrix.range_hint)
+    search = _HINTED if rank <= known <= rank + _AT_LARGE.extra else _AT_LARGE
+    width = (known if search is _HINTED else rank) + search.extra
+    most = min(m, n, width + iterations * (rank + search.continued))
     y = matrix.rows_on_right(_sketch(matrix, key, width))
-    q, z, gram = y.new_empty(0, m), y.new_empty(0, n), torch.empty(0, 0, dtype=torch.float64)
-    before = torch.zeros(rank, dtype=torch.float64)
+    q, z, wide = y.new_empty(most, m), y.new_empty(most, n), torch.empty(most, n, dtype=torch.float64)
+    gram = torch.empty(most, most, dtype=torch.float64)  # wide wideᵀ, its upper triangle
+    before, old, new = torch.zeros(rank, dtype=torch.float64), 0, width
     for done in range(iterations + 1):
-        more = orthonormal_rows(y, q)
-        q, z = torch.cat([q, more]), torch.cat([z, matrix.rows_on_left(more)])
-        others = z.double() @ z[len(gram) :].double().mT
-        gram = torch.cat([torch.cat([gram, others[: len(gram)]], dim=1), others.mT])
-        squares, turn = (x.flip(-1) for x in torch.linalg.eigh(gram))
+        q[old:new] = orthonormal_rows(y, q[:old])
+        wide[old:new] = z[old:new] = matrix.rows_on_left(q[old:new])
+        torch.mm(wide[:new], wide[old:new].mT, out=gram[:new, old:new])
+        squares, turn = (x.flip(-1) for x in torch.linalg.eigh(gram[:new, :new], UPLO="U"))
         s, gained, before = squares.clamp_min(0).sqrt(), squares[:rank] - before, squares[:rank]
         gain, left = float(gained.sum()), total - float(before.sum())
-        if done == iterations or (done and gain <= max(2 * _TOLERANCE * left, slack)):
+        if done == iterations or (done and gain <= max(2 * search.tolerance * left, slack)):
             break
         # the largest triplets are found first: those that no longer gain do not begin the next block
-        first = int((gained.cumsum(0) <= _SETTLED * gain).sum()) if done else 0
-        last = min(rank + _CONTINUED, first + min(m, n) - len(q))
-        if last <= first:
+        first = int((gained.cumsum(0) <= search.settled * gain).sum()) if done else 0
+        old, new = new, min(most, new + rank + search.continued - first)
+        if new == old:
             break
-        y = matrix.rows_on_right(_rows_of_unit_norm(turn[:, first:last], s[first:last], s[0], z))
-    u = turn[:, :rank].to(q.dtype).mT @ q
-    return ThinSVD(u.mT, s[:rank], _rows_of_unit_norm(turn[:, :rank], s[:rank], s[0], z))
+        leading = slice(first, first + new - old)
+        y = matrix.rows_on_right(_rows_of_unit_norm(turn[:, leading], s[leading], s[0], z[:old]))
+    found = turn[:, :rank]
+    return ThinSVD((found.to(q.dtype).mT @ q[:new]).mT, s[:rank], _rows_of_unit_norm(found, s[:rank], s[0], z[:new]))
 
 
 def _rows_of_unit_norm(turn: Tensor, s: Tensor, largest: Tensor, z: Tensor) -> Tensor:
     """Return turnᵀ z, (k, n), each row over its norm: the s (k,) that is not round-off of the largest."""
     limits = torch.finfo(z.dtype)
     norms = s.clamp_min(max(limits.eps * float(largest), limits.tiny))
-    return (turn.to(z.dtype).mT @ z) / norms.to(z.dtype).unsqueeze(1)
+    return (turn / norms).to(z.dtype).mT @ z
 
 
 def _sketch(matrix: RowBlocks, key: Key, width: int) -> Tensor:
-    """Return (width, n) random rows, turned toward where the hint has the leading row space."""
-    n = matrix.shape[1]
-    x = uniform(key, 0, width, n).to(matrix.dtype).mul_(2).sub_(1)
-    if matrix.range_hint is None:
-        return x
-    near = matrix.range_hint(x.mT).mT
-    size = float(torch.linalg.vector_norm(near, dtype=torch.float64))
-    if not 0 < size < math.inf:
-        return x
-    # some chance stays in: a hint of low rank leaves directions empty
-    return _CHANCE * x + near * (float(torch.linalg.vector_norm(x)) / size)
+    """Return (width, n) random rows, turned to where the hint has the leading row space; its own rows where they are so few."""
+    x = uniform(key, 0, width, matrix.shape[1]).to(matrix.dtype).mul_(2).sub_(1)
+    hint = matrix.range_hint
+    near = [a for _, a in hint]
+    if sum(len(part) for part in near) > width:
+        near = [sum((x @ a.mT @ b.mT @ b @ a for b, a in hint), torch.zeros_like(x))]
+    start = 0
+    for part in near:
+        place = x[start : start + len(part)]
+        start += len(part)
+        sizes = torch.linalg.vector_norm(part, dim=1, keepdim=True, dtype=torch.float64)
+        if math.isfinite(float(sizes.sum())):
+            unit = part / sizes.clamp_min(torch.finfo(part.dtype).tiny).to(part.dtype)
+            # some chance stays in: a hint of low rank leaves directions empty; √(n / 3) is the size of a random row
+            place.mul_(_CHANCE).add_(unit, alpha=math.sqrt(x.shape[1] / 3))
+    return x

@@ -13,7 +13,7 @@ from plait.deferred import Tensor, torch
 # The largest mean of 1/σ² over the singular values of a matrix with columns of norm 1, by the bytes of one of its values.
 # One σ may hold all of it, and the round-off of its direction grows with 1/σ²: float32 has no digits to spare.
 _WELL_CONDITIONED = {4: 1.5, 8: 4.0}
-_ONCE, _TWICE = 16.0, 1e8  # the same, for a basis that may lose a digit, and for one that is made twice
+_ONCE, _TWICE = 100.0, 1e8  # the same, for a basis that may lose a digit, and for one that is made twice
 _LEFT = 0.03  # share of a row's norm: what is left of a row is orthogonal to others but for 30 times the round-off
 _RESOLVED = 1e-3  # singular values above this share of the largest are found from their squares with digits to spare
 
@@ -87,21 +87,20 @@ def orthonormal_rows(y: Tensor, others: Tensor) -> Tensor:
         (k, m), orthogonal to `others`.
     """
     found: Tensor = y
-    before = torch.linalg.vector_norm(y, dim=1, dtype=torch.float64)
     for _ in range(2):
-        if len(others):
-            found = found - (found @ others.mT) @ others
+        if len(others):  # what is left of a row may be small, and then not yet orthogonal
+            found = torch.addmm(found, found @ others.mT, others, alpha=-1)
+            found = torch.addmm(found, found @ others.mT, others, alpha=-1)
         wide = found.double()
         gram = wide @ wide.mT
         norms = gram.diagonal().sqrt()
         lower, failed = torch.linalg.cholesky_ex(gram / torch.outer(norms, norms))
         inverse = torch.linalg.solve_triangular(lower, torch.eye(len(lower), dtype=lower.dtype), upper=False)
         grown = float(inverse.square().sum()) / len(lower)  # the mean of 1/σ², by which round-off grows
-        left = float((norms / before).min()) if len(others) else 1.0
-        if failed or not (grown < _TWICE and left > 0):
+        if failed or not grown < _TWICE:
             break
-        found, before = (inverse / norms).to(y.dtype) @ found, torch.ones_like(before)
-        if grown < _ONCE and left > _LEFT:
+        found = (inverse / norms).to(y.dtype) @ found
+        if grown < _ONCE:
             return found
     q: Tensor = torch.linalg.qr(torch.cat([others, y]).mT).Q
     return q[:, len(others) :].mT

@@ -31,14 +31,14 @@ class Array:
         shape: (p, q).
         rows: `rows(start, stop)` returns (T, stop − start, q).
         weight_transform: how an adapter's weight enters this array: multiplied by itself (1) or as ±√|weight| (see `factors`).
-        range_hint: to where the leading row space of a merge is likely to be (see `RowBlocks`).
+        range_hint: where the leading row space of a merge is likely to be (see `RowBlocks`).
     """
 
     name: str
     shape: tuple[int, int]
     rows: RowFunction
     weight_transform: Callable[[Tensor], Tensor]
-    range_hint: RangeHint | None = None
+    range_hint: RangeHint = ()
 
 
 @dataclass(frozen=True)

@@ -27,16 +27,9 @@ class Delta(Space):
                 torch.mm(delta.b[start:stop:stride], delta.a, out=place)
             return out
 
-        def range_hint(x: Tensor) -> Tensor:
-            """Return Σ ΔWₜᵀ ΔWₜ x: whatever a method does entry by entry, most of it stays near the sources' row spaces."""
-            out = torch.zeros_like(x)
-            for delta in deltas:
-                out.addmm_(delta.a.mT, delta.b.mT @ (delta.b @ (delta.a @ x)))
-            return out
-
-        return Frame(
-            (Array("delta", deltas[0].shape, rows, unchanged, range_hint),), lambda merged: merged[0], deltas[0].a.dtype
-        )
+        # whatever a method does entry by entry, most of it stays near the sources' row spaces
+        hint = [(delta.b, delta.a) for delta in deltas if delta.rank]
+        return Frame((Array("delta", deltas[0].shape, rows, unchanged, hint),), lambda merged: merged[0], deltas[0].a.dtype)
 
     def rank(self, ranks: Sequence[int], shape: tuple[int, int]) -> int:
         """Return full rank: an elementwise method keeps no low-rank structure."""
