@@ -297,7 +297,7 @@ def max_lora_rank(rank: int) -> int | None:
 def other_kind(adapter: Adapter) -> str | None:
     """Return what an adapter is for, where that is not a language model that writes texts; else None.
 
-    One that says nothing of it, by PEFT's task type or note of the class, is told by its paths alone.
+    One that says nothing of it, by PEFT's task type or note of the class, is known by its paths alone.
     """
     task, noted = adapter.config.raw.get("task_type"), adapter.config.noted_class
     if task and task != _WRITES:

@@ -14,7 +14,6 @@ from plait.deferred import Tensor, torch
 # One σ may hold all of it, and the round-off of its direction grows with 1/σ²: float32 has no digits to spare.
 _WELL_CONDITIONED = {4: 1.5, 8: 4.0}
 _ONCE, _TWICE = 100.0, 1e8  # the same, for a basis that may lose a digit, and for one that is made twice
-_LEFT = 0.03  # share of a row's norm: what is left of a row is orthogonal to others but for 30 times the round-off
 _RESOLVED = 1e-3  # singular values above this share of the largest are found from their squares with digits to spare
 
 
