@@ -102,7 +102,7 @@ def test_a_model_that_ignores_the_mask_is_found_out(monkeypatch):
         return forward(**keywords)
 
     model.forward = ignoring
-    monkeypatch.setattr(packing.library, "why_not_packed", lambda model, longest: None)
+    monkeypatch.setattr(packing.reading, "why_not_packed", lambda model, longest: None)
     with pytest.warns(PlaitWarning, match="in one row, they are not what they are alone"):
         assert not Reader(model).reads_in_one_row(PASSAGES[:1])  # one text alone would not show it
     with torch.no_grad():
