@@ -10,14 +10,17 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from plait.adapters.config import ADAPTER_CONFIG, ADAPTER_WEIGHTS, alpha_of
 from plait.adapters.layouts import Layout, module_keys, uniform_rank
 from plait.adapters.lowrank import LowRank
 from plait.adapters.names import PREFIX, pattern_of
-from plait.deferred import Tensor, torch
+from plait.deferred import Tensor, np, torch
 from plait.tensorfiles.writer import TensorEntry, TensorWriter
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 StreamedTensors = Sequence[
     tuple[TensorEntry, Iterable[tuple[int, Tensor]]]
@@ -41,7 +44,7 @@ class AdapterWriter:
     Args:
         layouts: target → layout.
         ranks: target → rank of one of its matrices.
-        dtype: of the tensors that belong to targets, or of each target's.
+        dtype: of the tensors that belong to targets, one of torch's or its name, or of each target's.
         uniform: one rank for all targets, zero-padded; else every target has its own (`rank_pattern`, `alpha_pattern`).
         scalings: target → s in ΔW = s · B A, for factors that have not got it; all 1 when None.
         has_bias: every target has a `lora_bias`.
@@ -56,7 +59,7 @@ class AdapterWriter:
         layouts: Mapping[str, Layout],
         ranks: Mapping[str, int],
         *,
-        dtype: torch.dtype | Mapping[str, torch.dtype],
+        dtype: str | torch.dtype | Mapping[str, torch.dtype],
         uniform: bool,
         scalings: Mapping[str, float] | None = None,
         has_bias: bool = False,
@@ -71,7 +74,7 @@ class AdapterWriter:
         if scalings is not None:
             self._alphas = {t: alpha_of(scalings[t], rank) for t, rank in self._ranks.items()}
         self._alpha = self.rank if scalings is None else Counter(self._alphas.values()).most_common(1)[0][0]
-        self._dtypes = dtype if isinstance(dtype, Mapping) else dict.fromkeys(layouts, dtype)
+        self._dtypes: Mapping[str, str | torch.dtype] = dtype if isinstance(dtype, Mapping) else dict.fromkeys(layouts, dtype)
         self._has_bias, self._is_dora = has_bias, is_dora
 
     def entries(self) -> list[TensorEntry]:
@@ -96,14 +99,22 @@ class AdapterWriter:
             bias: (d_out,), for an adapter that has them.
             magnitude: (d_out,), for DoRA.
         """
-        layout, names = self._layouts[target], self._names[target]
-        a, b = layout.pack([s.normal_in(self._dtypes[target]).padded(self._slice_rank(target)) for s in slices])
+        layout, names, dtype = self._layouts[target], self._names[target], self._dtypes[target]
+        dtype = output_dtype(dtype) if isinstance(dtype, str) else dtype
+        a, b = layout.pack([s.normal_in(dtype).padded(self._slice_rank(target)) for s in slices])
         found = {names.a: a, names.b: b}
         if bias is not None:
             found[names.bias] = bias
         if magnitude is not None:
             found[names.magnitude] = magnitude.reshape(layout.magnitude_shape)
         return found
+
+    def arrays(self, target: str, a: NDArray[Any], b: NDArray[Any]) -> dict[str, NDArray[Any]]:
+        """Return one linear target's factors a (r, d_in), b (d_out, r) by their names, with zeros up to its rank."""
+        names, more = self._names[target], self._slice_rank(target) - len(a)
+        if more:
+            a, b = np.pad(a, ((0, more), (0, 0))), np.pad(b, ((0, 0), (0, more)))
+        return {names.a: a, names.b: b}
 
     def config(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         """Return `adapter_config.json`.
@@ -132,13 +143,17 @@ class AdapterWriter:
         return dict(sorted(config.items()))
 
     def write(
-        self, folder: Path, targets: Iterable[dict[str, Tensor]], config: Mapping[str, Any], full: StreamedTensors = ()
+        self,
+        folder: Path,
+        targets: Iterable[dict[str, Tensor] | dict[str, NDArray[Any]]],
+        config: Mapping[str, Any],
+        full: StreamedTensors = (),
     ) -> dict[str, str]:
         """Write the tensor file and `adapter_config.json`.
 
         Args:
             folder: an existing one.
-            targets: every target's tensors (`tensors`), in any order; emptied as they are written.
+            targets: every target's tensors (`tensors`, `arrays`), in any order; emptied as they are written.
             config: as `config` makes it.
             full: full tensors that the adapter holds.
 

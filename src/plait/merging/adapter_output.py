@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from plait.adapters.formats import ModuleFactors
 from plait.adapters.lowrank import LowRank
@@ -14,6 +15,9 @@ from plait.merging.heads import main_heads
 from plait.merging.inventory import Inventory
 from plait.merging.output_format import outgoing_merge, output_format, settings_of
 from plait.merging.truncation import rounded
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 
 class OtherAdapter:
@@ -56,12 +60,12 @@ class MergedAdapter:
 
     def __init__(self, inventory: Inventory, ranks: Mapping[str, int]) -> None:
         output, targets = inventory.recipe.output, [a.targets[t] for a in inventory.adapters for t in ranks if t in a.targets]
-        self._inventory, self._dtype = inventory, output_dtype(output.dtype)
+        self._inventory, self._dtype = inventory, output.dtype
         self._layouts = {t: inventory.layouts[t] for t in ranks}
         self._writer = AdapterWriter(
             self._layouts,
             ranks,
-            dtype=self._dtype,
+            dtype=self._dtype,  # its name: torch's own would import it
             uniform=output.layout == "uniform",
             has_bias=any(t.has_bias for t in targets),
             is_dora=any(t.is_dora for t in targets),
@@ -77,9 +81,14 @@ class MergedAdapter:
         if merged.factors is None:
             raise AssertionError(f"{merged.target!r} has no factors")
         found = self._writer.tensors(merged.target, merged.factors.slices, bias=merged.bias, magnitude=merged.magnitude)
-        return {name: rounded(merged.target, tensor, self._dtype) for name, tensor in found.items()}
+        dtype = output_dtype(self._dtype)
+        return {name: rounded(merged.target, tensor, dtype) for name, tensor in found.items()}
 
-    def write(self, folder: Path, modules: Iterable[dict[str, Tensor]]) -> dict[str, str]:
+    def arrays(self, target: str, a: NDArray[Any], b: NDArray[Any]) -> dict[str, NDArray[Any]]:
+        """Return one linear module's factors, which are in the output's dtype, by their names."""
+        return self._writer.arrays(target, a, b)
+
+    def write(self, folder: Path, modules: Iterable[dict[str, Tensor] | dict[str, NDArray[Any]]]) -> dict[str, str]:
         """Write every module's tensors, the heads that the adapter itself holds, and `adapter_config.json`.
 
         Returns:

@@ -7,9 +7,8 @@ workers instead, and the bytes do not depend on how many there are.
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor, Future
+from concurrent.futures import Executor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -28,7 +27,7 @@ from plait.merging.plan import MergePlan, ModulePlan
 from plait.merging.prepared import NeedsDouble, PreparedAdapters
 from plait.merging.truncation import OutputFactors, as_blocks, rank_at_energy, truncate_module
 from plait.results.progress import Progress
-from plait.results.threads import InThisThread, one_thread_each
+from plait.results.threads import InThisThread, ahead, one_thread_each
 from plait.spaces import SPACES
 from plait.spaces.base import MergedMatrix
 from plait.stages.base import GramCombine, LinearCombine, Reduction, Survey
@@ -72,7 +71,7 @@ class Engine:
         self._workers = workers
         self._progress = progress
         self._has_bias = any(t.has_bias for a in inventory.adapters for t in a.targets.values())
-        self._side_by_side = _is_side_by_side(inventory, plan)
+        self._side_by_side = is_side_by_side(inventory, plan)
 
     def prepare(self) -> Combiner:
         """Make the surveys over the complete model that transforms and method need."""
@@ -123,17 +122,21 @@ class Engine:
         """Yield what `then` makes of every merged module, in the plan's order. It is called in the module's worker."""
 
         def work(module: ModulePlan) -> R:
-            try:
-                with name_extreme_adapters(combiner, module.target):
-                    return then(self._module(combiner, module.target, ranks[module.target]))
-            except PlaitError:
-                raise
-            except Exception as error:
-                error.add_note(f"while merging target module {module.target!r}")
-                raise
+            return self.one(combiner, module.target, ranks[module.target], then)
 
         with _pool(self._workers) as pool:
             yield from self._each("merge", work, self._plan.modules, pool)
+
+    def one(self, combiner: Combiner, target: str, rank: int, then: Callable[[MergedModule], R]) -> R:
+        """Return what `then` makes of one merged module, in this thread."""
+        try:
+            with name_extreme_adapters(combiner, target):
+                return then(self._module(combiner, target, rank))
+        except PlaitError:
+            raise
+        except Exception as error:
+            error.add_note(f"while merging target module {target!r}")
+            raise
 
     def _module(self, combiner: Combiner, target: str, rank: int) -> MergedModule:
         key = self._key(target)
@@ -255,28 +258,12 @@ class Engine:
 
     def _each(self, stage: str, work: Callable[[T], R], items: Sequence[T], pool: Executor) -> Iterator[R]:
         """Run `work` on items in threads, a few ahead of the consumer, and yield results in order."""
-        self._progress.start(stage, len(items))
-        waiting: deque[Future[R]] = deque()
         # a wide module in front leaves workers idle where few others are under way; dense results take room as they wait
         most = self._workers + 1 if self._inventory.recipe.output.kind == "delta" else 2 * self._workers + 2
-        queue = iter(items)
-        try:
-            while True:
-                for item in queue:
-                    waiting.append(pool.submit(work, item))
-                    if len(waiting) >= most:
-                        break
-                if not waiting:
-                    return
-                yield waiting.popleft().result()
-                self._progress.advance()
-        finally:
-            for future in waiting:
-                future.cancel()
-            self._progress.finish()
+        return ahead(stage, work, items, pool, most, self._progress)
 
 
-def _is_side_by_side(inventory: Inventory, plan: MergePlan) -> bool:
+def is_side_by_side(inventory: Inventory, plan: MergePlan) -> bool:
     """Whether factors are only put side by side, so that nothing depends on the square of a value."""
     recipe, pipeline = inventory.recipe, pipeline_of(inventory.recipe)
     linear = isinstance(pipeline.combine, LinearCombine) and pipeline.is_linear and recipe.space_name != "factors"

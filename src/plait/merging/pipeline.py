@@ -13,7 +13,6 @@ from typing import TypeVar
 
 from plait.merging.adapter_output import MergedAdapter, OtherAdapter
 from plait.merging.card import card
-from plait.merging.combine import Combiner
 from plait.merging.delta_file import NAME as DELTA
 from plait.merging.delta_file import DeltaFile
 from plait.merging.engine import Engine, MergedModule, name_extreme_adapters
@@ -22,7 +21,8 @@ from plait.merging.inventory import Inventory, take_inventory
 from plait.merging.moments import MomentsOf, not_taken_yet
 from plait.merging.output_format import served_rank, writes_peft
 from plait.merging.plan import MergePlan, make_plan
-from plait.merging.record import RunRecord, input_digests, make_lock, sources, write_records
+from plait.merging.record import RunRecord, WrittenMerge, input_digests, make_lock, module_record, sources, write_records
+from plait.merging.side_by_side import SideBySide
 from plait.recipes.naming import naming_its_file
 from plait.recipes.schema import Recipe
 from plait.recipes.writing import recipe_json
@@ -141,14 +141,12 @@ def run_recipe(  # noqa: PLR0913 (all that a merge depends on)
     plan = plan.model_copy(update={"notes": (*plan.notes, *notes)})
     if plan.output_bytes is not None:
         check_space(out, plan.output_bytes, what="the result", advice="--rank, --dtype bfloat16")
-    engine = Engine(inventory, plan, workers=workers, progress=progress or SilentProgress())
     with staged(out, force=force) as place, ThreadPoolExecutor(1, "plait-sha256") as pool:
         digests = pool.submit(input_digests, inventory, known).result  # hashed during the work
-        combiner = engine.prepare()
-        modules, rank, written = _write(inventory, plan, engine, combiner, place)
-        record = _record(inventory, plan, combiner, modules, rank, digests(), started)
+        written = _write(inventory, plan, place, workers=workers, progress=progress or SilentProgress())
+        record = _record(inventory, plan, written, digests(), started)
         (place / "README.md").write_text(card(inventory, plan, record, place), encoding="utf-8")
-        lock = make_lock(inventory, digests(), place, final=out, known=written)
+        lock = make_lock(inventory, digests(), place, final=out, known=written.digests)
         write_json(place / LOCK, lock)
         write_records(place, record)
     return MergeResult(out, plan, record)
@@ -172,14 +170,12 @@ def _planned(
     return inventory, plan
 
 
-def _write(
-    inventory: Inventory, plan: MergePlan, engine: Engine, combiner: Combiner, place: Path
-) -> tuple[tuple[ModuleRecord, ...], int | None, dict[str, str]]:
-    """Write the tensors and what belongs to them.
-
-    Returns:
-        What happened to every module, the adapter's rank, and the sha256 of the tensor file by its name.
-    """
+def _write(inventory: Inventory, plan: MergePlan, place: Path, *, workers: int, progress: Progress) -> WrittenMerge:
+    """Write the tensors and what belongs to them."""
+    engine = Engine(inventory, plan, workers=workers, progress=progress)
+    if SideBySide.fits(inventory, plan):
+        return SideBySide(inventory, plan, engine, workers=workers, progress=progress).write(place)
+    combiner = engine.prepare()
     ranks = engine.ranks(combiner)
     write_heads(inventory.adapters, inventory.recipe.heads, place)
     done: list[ModuleRecord] = []
@@ -190,14 +186,14 @@ def _write(
                 with name_extreme_adapters(combiner, merged.target):
                     dense.write(merged, writer)
                 done.append(ModuleRecord(target=merged.target, rank=None, result="dense", energy=None, kept=1.0))
-        return tuple(done), None, {DELTA: writer.sha256}
+        return WrittenMerge(tuple(done), None, {DELTA: writer.sha256}, combiner.notes.texts())
     exact_ranks = {m.target: m.exact_rank for m in plan.modules}
 
     def each(tensors: Callable[[MergedModule], T]) -> Iterator[T]:
         """Yield what is written of every module, as it is merged."""
 
         def finish(merged: MergedModule) -> tuple[ModuleRecord, T]:
-            return _module_record(merged, exact_ranks[merged.target]), tensors(merged)
+            return module_record(merged, exact_ranks[merged.target]), tensors(merged)
 
         for module, written in engine.each(combiner, ranks, finish):
             done.append(module)
@@ -205,29 +201,17 @@ def _write(
 
     if writes_peft(inventory):
         adapter = MergedAdapter(inventory, ranks)
-        digests = adapter.write(place, each(adapter.tensors))
-        return tuple(done), adapter.rank, digests
-    other = OtherAdapter(inventory, ranks)
-    digests = other.write(place, each(other.tensors))
-    return tuple(done), other.rank, digests
-
-
-def _module_record(merged: MergedModule, exact_rank: int) -> ModuleRecord:
-    factors = merged.factors
-    if factors is None:
-        raise AssertionError(f"{merged.target!r} has no factors")
-    if factors.energy is None or factors.kept is None or factors.rank >= exact_rank:
-        return ModuleRecord(target=merged.target, rank=factors.rank, result="exact", energy=None, kept=1.0)
-    kept = min(1.0, factors.kept / factors.energy) if factors.energy else 1.0
-    return ModuleRecord(target=merged.target, rank=factors.rank, result="truncated", energy=factors.energy, kept=kept)
+        digests, rank = adapter.write(place, each(adapter.tensors)), adapter.rank
+    else:
+        other = OtherAdapter(inventory, ranks)
+        digests, rank = other.write(place, each(other.tensors)), other.rank
+    return WrittenMerge(tuple(done), rank, digests, combiner.notes.texts())
 
 
 def _record(
     inventory: Inventory,
     plan: MergePlan,
-    combiner: Combiner,
-    modules: tuple[ModuleRecord, ...],
-    rank: int | None,
+    written: WrittenMerge,
     digests: dict[Path, str],
     started: float,
 ) -> RunRecord:
@@ -237,13 +221,13 @@ def _record(
         sources=sources(inventory, [digests[a.file.path] for a in inventory.adapters]),
         method=plan.method,
         space=plan.space,
-        result=max((m.result for m in modules), key=("exact", "truncated", "dense").index),
-        rank=rank,
-        max_lora_rank=served_rank(inventory, rank),
-        kept=overall_kept(modules),
-        lowest_kept=min(m.kept for m in modules),
-        modules=modules,
-        notes=(*plan.notes, *combiner.notes.texts()),
+        result=max((m.result for m in written.modules), key=("exact", "truncated", "dense").index),
+        rank=written.rank,
+        max_lora_rank=served_rank(inventory, written.rank),
+        kept=overall_kept(written.modules),
+        lowest_kept=min(m.kept for m in written.modules),
+        modules=written.modules,
+        notes=(*plan.notes, *written.notes),
         finished=datetime.now().astimezone().isoformat(timespec="seconds"),
         seconds=round(time.perf_counter() - started, 3),
     )

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from plait.checkpoints.digests import weight_files
+from plait.merging.engine import MergedModule
 from plait.merging.inventory import Inventory
 from plait.recipes.writing import recipe_json
 from plait.results.digests import sha256
@@ -187,3 +188,30 @@ def merge_summary(record: RunRecord) -> dict[str, Any]:
         "finished": record.finished,
         "seconds": record.seconds,
     }
+
+
+class WrittenMerge(NamedTuple):
+    """What was written of a merge.
+
+    Attributes:
+        modules: what happened to every module.
+        rank: of the adapter; None for a dense output.
+        digests: sha256 of the tensor file by its name.
+        notes: on modules.
+    """
+
+    modules: tuple[ModuleRecord, ...]
+    rank: int | None
+    digests: dict[str, str]
+    notes: tuple[str, ...]
+
+
+def module_record(merged: MergedModule, exact_rank: int) -> ModuleRecord:
+    """Return what happened to one module of an adapter, whose merge has `exact_rank` at most."""
+    factors = merged.factors
+    if factors is None:
+        raise AssertionError(f"{merged.target!r} has no factors")
+    if factors.energy is None or factors.kept is None or factors.rank >= exact_rank:
+        return ModuleRecord(target=merged.target, rank=factors.rank, result="exact", energy=None, kept=1.0)
+    kept = min(1.0, factors.kept / factors.energy) if factors.energy else 1.0
+    return ModuleRecord(target=merged.target, rank=factors.rank, result="truncated", energy=factors.energy, kept=kept)

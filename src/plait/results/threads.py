@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -36,6 +37,27 @@ def in_order(stage: str, work: Callable[[T], R], items: Sequence[T], workers: in
                 yield result
                 progress.advance()
     finally:
+        progress.finish()
+
+
+def ahead(stage: str, work: Callable[[T], R], items: Sequence[T], pool: Executor, most: int, progress: Progress) -> Iterator[R]:
+    """Run `work` in a pool, on so many items at a time, and yield results in order."""
+    progress.start(stage, len(items))
+    waiting: deque[Future[R]] = deque()
+    queue = iter(items)
+    try:
+        while True:
+            for item in queue:
+                waiting.append(pool.submit(work, item))
+                if len(waiting) >= most:
+                    break
+            if not waiting:
+                return
+            yield waiting.popleft().result()
+            progress.advance()
+    finally:
+        for future in waiting:
+            future.cancel()
         progress.finish()
 
 

@@ -144,7 +144,7 @@ def write_gguf(
     Returns:
         The sha256 of the file.
     """
-    kinds = {torch_dtype(name): number for number, name in _TYPES.items()}
+    kinds = {name: number for number, name in _TYPES.items()}
     head = [_MAGIC, struct.pack("<IQQ", 3, len(entries), len(fields))]
     for key, value in fields.items():
         head += [_text(key), *_field(value)]
@@ -152,9 +152,9 @@ def write_gguf(
     offset = 0
     for entry in entries:
         head += [_text(entry.name), struct.pack("<I", len(entry.shape)), *(struct.pack("<Q", n) for n in entry.shape[::-1])]
-        head.append(struct.pack("<IQ", kinds[entry.dtype], offset))
+        head.append(struct.pack("<IQ", kinds[entry.stored_dtype], offset))
         places[entry.name] = (offset, entry)
-        offset += -(-entry.dtype.itemsize * math.prod(entry.shape) // _ALIGNMENT) * _ALIGNMENT
+        offset += -(-entry.nbytes // _ALIGNMENT) * _ALIGNMENT
     lead = b"".join(head)
     lead += bytes(-len(lead) % _ALIGNMENT)
     with path.open("x+b") as file:
@@ -162,7 +162,7 @@ def write_gguf(
         file.truncate(len(lead) + offset)
         for name, tensor in tensors:
             at, entry = places.pop(name)
-            data = tensor.detach().to(entry.dtype).contiguous()
+            data = tensor.detach().to(torch_dtype(entry.stored_dtype)).contiguous()
             if tuple(data.shape) != entry.shape:
                 raise AssertionError(f"{name!r}: {tuple(data.shape)} does not fit {entry.shape}")
             file.seek(len(lead) + at)

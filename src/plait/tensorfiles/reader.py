@@ -5,18 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from plait.deferred import Tensor, torch
+from plait.deferred import Tensor, np, torch
 from plait.errors import AdapterError
 from plait.linalg.scratch import Scratch
 from plait.tensorfiles.header import BITS, FileState, TensorInfo, read_header, state_of
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 DTYPES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
     "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool",
 }  # fmt: skip
 FLOATS = ("F64", "F32", "F16", "BF16")
+_ARRAYS = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 
 
 def torch_dtype(name: str) -> torch.dtype:
@@ -179,6 +183,13 @@ class SafetensorsFile(TensorFile):
         data = scratch.take("read", torch_dtype(info.dtype), len(out))
         _fill(data.view(torch.uint8).numpy().data, self, name, info.start + first * data.itemsize)
         out.copy_(data)
+
+    def array(self, name: str) -> NDArray[Any]:
+        """Return a tensor of floats as numpy has them, bfloat16 as its bits in uint16, without torch; errors as `read`."""
+        info = self.tensors[name]
+        data = np.empty(info.nbytes, dtype=np.uint8)
+        _fill(data.data, self, name, info.start)
+        return data.view(_ARRAYS[info.dtype]).reshape(info.shape)
 
     def is_zero(self, name: str) -> bool:
         """Return whether every value of a tensor of floats is 0, which needs no torch; errors as `read`."""

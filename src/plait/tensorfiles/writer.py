@@ -9,20 +9,34 @@ import os
 import struct
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from plait.deferred import Tensor, torch
-from plait.tensorfiles.reader import DTYPES
+from plait.deferred import Tensor, np, torch
+from plait.tensorfiles.header import BITS
+from plait.tensorfiles.reader import DTYPES, torch_dtype
 
-_NAMES = {f"torch.{name}": short for short, name in DTYPES.items()}
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+_NAMES = {name: short for short, name in DTYPES.items()}
 
 
 class TensorEntry(NamedTuple):
-    """One tensor to come."""
+    """One tensor to come; its dtype is one of torch's, or the name of one: `float32`, which needs no torch."""
 
     name: str
-    dtype: torch.dtype
+    dtype: torch.dtype | str
     shape: tuple[int, ...]
+
+    @property
+    def stored_dtype(self) -> str:
+        """The dtype as the file names it: `F32`."""
+        return _NAMES[str(self.dtype).removeprefix("torch.")]
+
+    @property
+    def nbytes(self) -> int:
+        """Size of its values in the file."""
+        return math.prod(self.shape) * BITS[self.stored_dtype] // 8
 
 
 class TensorWriter:
@@ -44,17 +58,13 @@ class TensorWriter:
         self._places: dict[str, tuple[int, TensorEntry]] = {}
         offset = 0
         # Larger item sizes first keeps every tensor aligned, as safetensors itself orders them.
-        for entry in sorted(entries, key=lambda e: (-e.dtype.itemsize, e.name)):
+        for entry in sorted(entries, key=lambda e: (-BITS[e.stored_dtype], e.name)):
             if entry.name in header:
                 raise AssertionError(f"{entry.name!r} is to be written twice")
-            size = entry.dtype.itemsize * math.prod(entry.shape)
-            header[entry.name] = {
-                "dtype": _NAMES[str(entry.dtype)],
-                "shape": list(entry.shape),
-                "data_offsets": [offset, offset + size],
-            }
+            end = offset + entry.nbytes
+            header[entry.name] = {"dtype": entry.stored_dtype, "shape": list(entry.shape), "data_offsets": [offset, end]}
             self._places[entry.name] = (offset, entry)
-            offset += size
+            offset = end
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
         text += b" " * (-len(text) % 8)
         self._start = 8 + len(text)
@@ -71,16 +81,26 @@ class TensorWriter:
             self._file.close()
             raise
 
-    def write(self, name: str, tensor: Tensor, *, row: int = 0) -> None:
-        """Write a tensor, or some of its rows starting at `row`; converts to the entry's dtype."""
+    def write(self, name: str, values: Tensor | NDArray[Any], *, row: int = 0) -> None:
+        """Write a tensor, or some of its rows starting at `row`.
+
+        Args:
+            name: of the tensor.
+            values: converted to the entry's dtype where they are torch's; numpy's have its size, and are written as they are.
+            row: the first of them.
+        """
         offset, entry = self._places[name]
-        data = tensor.detach().to(entry.dtype).contiguous()
-        if tuple(data.shape[1:]) != entry.shape[1:] or row + (len(data) if data.ndim else 1) > (entry.shape or (1,))[0]:
-            raise AssertionError(f"{name!r}: {tuple(data.shape)} at row {row} does not fit {entry.shape}")
-        start = row * math.prod(entry.shape[1:]) * entry.dtype.itemsize
-        payload = memoryview(data.reshape(-1).view(torch.uint8).numpy().data) if data.numel() else memoryview(b"")
-        self._put(payload, self._start + offset + start)
-        self._left -= len(payload)
+        if not isinstance(values, np.ndarray):
+            values = values.detach().to(torch_dtype(entry.stored_dtype)).contiguous()
+            data = values.reshape(-1).view(torch.uint8).numpy() if values.numel() else np.empty(0, np.uint8)
+        else:
+            data = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
+        shape, whole = tuple(values.shape), entry.shape
+        size = BITS[entry.stored_dtype] // 8
+        if shape[1:] != whole[1:] or row + (shape or (1,))[0] > (whole or (1,))[0] or data.nbytes != math.prod(shape) * size:
+            raise AssertionError(f"{name!r}: {shape} at row {row} does not fit {whole}")
+        self._put(data.data, self._start + offset + row * math.prod(whole[1:]) * size)
+        self._left -= data.nbytes
 
     def _put(self, data: bytes | memoryview, position: int) -> None:
         self._file.seek(position)
