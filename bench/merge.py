@@ -18,7 +18,7 @@ from typing import Any
 
 import report
 import synthetic
-from processes import run_job, time_command
+from processes import peak_of, run_job, time_command
 from report import Row, Section
 
 RESULTS = Path(__file__).parent / "results" / "merge.json"
@@ -115,6 +115,26 @@ class Bench:
         self.raw[name] = seconds
         return statistics.median(seconds)
 
+    def floor(self, dtype: str) -> float:
+        """Return the seconds of a numpy script that does no more for that sum than has to be done, the median of several."""
+        out, seconds = self.out / "floor", []
+        for _ in range(3 if self.repeat else 1):
+            shutil.rmtree(out, ignore_errors=True)
+            os.sync()
+            script = str(Path(__file__).with_name("sum_floor.py"))
+            seconds.append(time_command(script, str(out), dtype, "0.5", *_paths(self.materials)))
+            self.say(f"numpy script, {dtype}: {seconds[-1]:.1f} s")
+        self.raw[f"numpy script, {dtype}"] = seconds
+        return statistics.median(seconds)
+
+    def peak(self, label: str) -> int:
+        """Return the bytes that the process of `plait merge` takes at most."""
+        out = self.out / "peak"
+        shutil.rmtree(out, ignore_errors=True)
+        found = peak_of("plait", "merge", *_paths(self.materials), *COMMANDS[label], "-o", str(out))
+        self.raw[f"peak, {label}"] = found
+        return found
+
     def per_module(self, run: dict[str, Any]) -> float:
         """Return the seconds per module of a whole-model run, imports aside and files included."""
         return float(run["work"]["seconds"]) / self.materials.modules
@@ -133,6 +153,8 @@ def linear(bench: Bench, runs: dict[str, dict[str, Any]]) -> list[Row]:
         base=str(bench.materials.base), adapters=_paths(bench.materials), out=str(bench.out / "PEFT cat"),
     )  # fmt: skip
     same, default = runs["linear, bfloat16 written"], runs["linear"]
+    mine = {label: bench.command(label) for label in COMMANDS}
+    floors = {label: bench.floor("bfloat16" if "bfloat16" in label else "float32") for label in COMMANDS}
     theirs = str(bench.out / "PEFT cat" / "merged")
     difference = run_job(
         "compare", left=str(bench.out / "plait linear, bfloat16 written"), right=theirs, modules=bench.modules
@@ -143,10 +165,11 @@ def linear(bench: Bench, runs: dict[str, dict[str, Any]]) -> list[Row]:
     ]
     bench.raw["linear difference"], bench.raw["linear errors"] = difference, errors
     return [
-        _seconds("linear, whole process", bench.command("linear, bfloat16 written"), peft["wall"], 20),
+        _seconds("linear, whole process", mine["linear, bfloat16 written"], peft["wall"], 20),
         _seconds("linear, without imports", same["work"]["seconds"], peft["work"]["seconds"]),
-        _seconds("linear, float32 written, whole process", bench.command("linear"), peft["wall"], 20),
+        _seconds("linear, float32 written, whole process", mine["linear"], peft["wall"], 20),
         _seconds("linear, float32 written, without imports", default["work"]["seconds"], peft["work"]["seconds"]),
+        *(_beside_floor(label, mine[label], floors[label], bench.peak(label)) for label in COMMANDS),
         _memory("linear, peak memory", same["all"]["peak_rss"], peft["all"]["peak_rss"], 20),
         _memory("linear, float32 written, peak memory", default["all"]["peak_rss"], peft["all"]["peak_rss"], 20),
         _memory("linear, peak anonymous memory", same["all"]["peak_anonymous"], peft["all"]["peak_anonymous"]),
@@ -271,6 +294,13 @@ def _paths(materials: synthetic.Materials) -> list[str]:
 
 def _seconds(work: str, ours: float, theirs: float, target: float | None = None) -> Row:
     return _compared(work, (_time(ours), _time(theirs)), theirs / ours, target)
+
+
+def _beside_floor(label: str, ours: float, floor: float, peak: int) -> Row:
+    """Compare the whole process with a script of numpy's, in the columns of plait and its ratio."""
+    ratio = ours / floor
+    cells = (f"{_time(ours)}, {_mb(peak)}", f"{_time(floor)}, a script of numpy's", f"{ratio:.2f}")
+    return Row(f"{label}, whole process and its memory", cells, "≤ 1.5, ≤ 80 MB", ratio <= 1.5 and peak <= 80 * MB)
 
 
 def _memory(work: str, ours: float, theirs: float, target: float | None = None) -> Row:

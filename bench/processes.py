@@ -36,6 +36,19 @@ def time_command(*arguments: str) -> float:
     return time.perf_counter() - start
 
 
+def peak_of(module: str, *arguments: str) -> int:
+    """Return the largest resident set, in bytes, of a Python process that runs a module as a program; Linux alone."""
+    code = (
+        "import runpy, sys\nsys.argv[:1] = []\n"
+        "try: runpy.run_module(sys.argv[0], run_name='__main__', alter_sys=True)\n"
+        "except SystemExit as left: assert not left.code\n"
+        "print(next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))"
+    )
+    command = [sys.executable, "-c", code, module, *arguments]
+    done = subprocess.run(command, env=_environment(), stdout=subprocess.PIPE, text=True, check=True)
+    return 1024 * int(done.stdout.split()[-1])
+
+
 def _environment() -> dict[str, str]:
     """Find plait in this checkout when it is not installed, and keep everything else off the network and quiet."""
     path = os.pathsep.join(p for p in (os.environ.get("PYTHONPATH", ""), str(HERE.parent / "src")) if p)

@@ -172,19 +172,16 @@ def test_what_is_no_such_sum_is_merged_by_the_engine(tmp_path, monkeypatch, sett
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_values_are_converted_as_torch_does(dtype) -> None:
-    """Numbers of every size, ties, subnormal ones and signed zeros; what overflows is not converted."""
+    """Numbers of every size, ties, subnormal ones and signed zeros."""
     bits = np.random.default_rng(0).integers(0, 1 << 32, 1 << 16, dtype=np.uint32)
     halves = np.arange(1 << 16, dtype=np.uint32) << 16
     bits = np.concatenate([bits, halves, halves | 0x8000, halves | 0x7FFF, halves | 0x8001, halves >> 9])
     x = bits.view(np.float32)
     x = x[np.abs(x) <= (65504.0 if dtype == torch.float16 else 3.38e38)]  # no NaN
     expected = torch.from_numpy(x.copy()).to(dtype)
-    found = side_by_side._stored(x, str(dtype).removeprefix("torch."))
+    found = side_by_side._stored(x.copy(), str(dtype).removeprefix("torch."))
     kind = torch.int32 if dtype == torch.float32 else torch.int16
-    assert found is not None
     assert np.array_equal(found.view(np.int32 if dtype == torch.float32 else np.int16), expected.view(kind).numpy())
-    if dtype != torch.float32:
-        assert side_by_side._stored(np.array([1.0, 3.4028234e38], dtype=np.float32), str(dtype).removeprefix("torch.")) is None
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -197,7 +194,7 @@ def test_every_half_is_read_as_torch_reads_it(tmp_path, dtype) -> None:
     adapter = plait.Adapter.open(save(tmp_path / "a", tensors), "a")
     found = side_by_side._read(adapter, f"{module}.lora_A.weight")
     assert found is not None
-    assert np.array_equal(found.view(np.int32), values.float().view(torch.int32).numpy())
+    assert np.array_equal(found.values.view(np.int32), values.float().view(torch.int32).numpy())
 
 
 def test_such_a_merge_and_its_check_import_no_torch(tmp_path) -> None:

@@ -174,7 +174,7 @@ def _write(inventory: Inventory, plan: MergePlan, place: Path, *, workers: int, 
     """Write the tensors and what belongs to them."""
     engine = Engine(inventory, plan, workers=workers, progress=progress)
     if SideBySide.fits(inventory, plan):
-        return SideBySide(inventory, plan, engine, workers=workers, progress=progress).write(place)
+        return SideBySide(inventory, plan, engine, progress).write(place)
     combiner = engine.prepare()
     ranks = engine.ranks(combiner)
     write_heads(inventory.adapters, inventory.recipe.heads, place)

@@ -6,9 +6,9 @@ merged by the engine, which gives the same bytes where both can; errors are its 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import contextmanager
+import math
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -26,7 +26,7 @@ from plait.merging.record import WrittenMerge, module_record
 from plait.merging.weighting import module_weights, towers_of
 from plait.results.progress import Progress
 from plait.results.records import ModuleRecord
-from plait.results.threads import InThisThread, ahead
+from plait.results.threads import ahead
 from plait.stages.sums import Mean, Sum
 from plait.tensorfiles.reader import SafetensorsFile
 
@@ -59,13 +59,12 @@ class SideBySide:
         inventory: the adapters; `fits` says of which.
         plan: what to do.
         engine: merges the modules that are not plain.
-        workers: modules worked on at a time; never changes a byte.
         progress: receives the stage and its steps.
     """
 
-    def __init__(self, inventory: Inventory, plan: MergePlan, engine: Engine, *, workers: int, progress: Progress) -> None:
+    def __init__(self, inventory: Inventory, plan: MergePlan, engine: Engine, progress: Progress) -> None:
         self._inventory, self._plan, self._engine = inventory, plan, engine
-        self._workers, self._progress = workers, progress
+        self._progress = progress
         self._towers = towers_of(inventory.layouts)
         self._ranks = {m.target: m.rank or 0 for m in plan.modules}
         combine = pipeline_of(inventory.recipe).combine
@@ -104,8 +103,9 @@ class SideBySide:
             return record, adapter.arrays(module.target, a, b)
 
         def tensors() -> Iterator[dict[str, Any]]:
-            with _pool(self._workers) as pool:
-                for record, found in ahead("merge", one, self._plan.modules, pool, 2 * self._workers + 2, self._progress):
+            # one thread, which is done before the inputs are hashed; more would only hold more in memory
+            with ThreadPoolExecutor(1, "plait-work") as pool:
+                for record, found in ahead("merge", one, self._plan.modules, pool, 2, self._progress):
                     done.append(record)
                     yield found
 
@@ -120,29 +120,36 @@ class SideBySide:
         """Return A (r, d_in) and B (d_out, r) of a merged module as they are stored; None where the module is not plain."""
         if type(self._inventory.layouts[target]) is not Linear:
             return None
-        parts: list[tuple[Floats, Floats, float]] = []
-        for adapter, share in zip(self._inventory.adapters, self._shares(target), strict=True):
-            if target not in adapter.targets:
-                continue
-            found = [_read(adapter, adapter.targets[target].tensors[part]) for part in (Linear.a_part, Linear.b_part)]
-            a, b = found
-            if a is None or b is None:
+        parts = [
+            (adapter, adapter.targets[target].tensors, share)
+            for adapter, share in zip(self._inventory.adapters, self._shares(target), strict=True)
+            if target in adapter.targets
+        ]
+        a = self._joined([(adapter, names[Linear.a_part], float(share != 0)) for adapter, names, share in parts], 0)
+        b = None if a is None else self._joined([(adapter, names[Linear.b_part], share) for adapter, names, share in parts], 1)
+        return None if a is None or b is None else (a, b)
+
+    def _joined(self, parts: Sequence[tuple[Adapter, str, float]], axis: int) -> NDArray[Any] | None:
+        """Return matrices of adapters, each times a number, below (0) or beside (1) each other, as they are stored.
+
+        Those times 0 are left out; None where one of them is not plain, or the result is not.
+        """
+        shapes = [adapter.file.tensors[name].shape for adapter, name, share in parts if share != 0]
+        if not shapes:
+            return None
+        total, other = sum(shape[axis] for shape in shapes), shapes[0][1 - axis]
+        joined = np.empty((total, other) if axis == 0 else (other, total), dtype=np.float32)
+        start, largest = 0, 0.0
+        for adapter, name, share in parts:
+            found = _read(adapter, name)
+            if found is None or (share != 0 and not found.is_normal(1 - axis, "float32", share)):
                 return None
             if share != 0:
-                parts.append((a, b, share))
-        if not parts or not all(_are_normal(b, 0, "float32", share) for _, b, share in parts):
-            return None
-        joined = np.empty((len(parts[0][1]), sum(len(a) for a, _, _ in parts)), dtype=np.float32)
-        start = 0
-        for a, b, share in parts:
-            np.multiply(b, np.float32(share), out=joined[:, start : start + len(a)])
-            start += len(a)
-        both = np.concatenate([a for a, _, _ in parts]), joined
+                end = start + found.values.shape[axis]
+                np.multiply(found.values, share, out=joined[start:end] if axis == 0 else joined[:, start:end])
+                start, largest = end, max(largest, found.largest * abs(share))
         dtype = self._inventory.recipe.output.dtype
-        if not all(_are_normal(x, axis, dtype) for x, axis in zip(both, (1, 0), strict=True)):
-            return None
-        stored = [_stored(x, dtype) for x in both]
-        return None if stored[0] is None or stored[1] is None else (stored[0], stored[1])
+        return _stored(joined, dtype) if _Matrix(joined, largest).is_normal(1 - axis, dtype) else None
 
     def _shares(self, target: str) -> list[float]:
         """Return what every adapter's B is multiplied by: coefficient, `scale` and the adapter's own scaling."""
@@ -153,7 +160,30 @@ class SideBySide:
         return [x * a.targets[target].scaling if target in a.targets else x for x, a in zip(c, adapters, strict=True)]
 
 
-def _read(adapter: Adapter, name: str) -> Floats | None:
+class _Matrix(NamedTuple):
+    """A matrix, and its largest magnitude, up to a round-off."""
+
+    values: Floats
+    largest: float
+
+    def is_normal(self, axis: int, dtype: str, factor: float = 1.0) -> bool:
+        """Return whether all columns (0) or rows (1) times a factor keep their digits in a dtype, by the rule of `LowRank`.
+
+        Then none of them overflows there. What is all zero, or near the rule's upper end, is not called normal.
+        """
+        tiny, most = _LIMITS[dtype]
+        if not 0 < self.largest * abs(factor) <= most / 8:
+            return False
+        x = self.values
+        some = x[:_LOOKED_AT] if axis == 0 else x[:, :_LOOKED_AT]
+        sizes = np.abs(some).max(axis=axis).astype(np.float64) * abs(factor)
+        if bool((sizes >= 4 * tiny).all()):
+            return True
+        sizes = np.abs(x).max(axis=axis).astype(np.float64) * abs(factor)
+        return bool(((sizes == 0) | (sizes >= 4 * tiny)).all())
+
+
+def _read(adapter: Adapter, name: str) -> _Matrix | None:
     """Return one of an adapter's matrices; None where it is not to be had as numpy's float32, or not finite."""
     file = adapter.file
     if not isinstance(file, SafetensorsFile) or not file.is_in_order(name):
@@ -162,52 +192,20 @@ def _read(adapter: Adapter, name: str) -> Floats | None:
     if stored.dtype == np.uint16:  # bfloat16 is the upper half of float32
         stored = np.left_shift(stored, 16, dtype=np.uint32).view(np.float32)
     x: Floats = stored.astype(np.float32, copy=False)
-    return x if x.size and _extent(x) <= _LIMITS["float32"].largest else None
+    largest = float(max(x.max(), -x.min())) if x.size else math.nan  # both are NaN where an entry is
+    return _Matrix(x, largest) if largest <= _LIMITS["float32"].largest else None
 
 
-def _extent(x: Floats) -> float:
-    """Return the largest magnitude; NaN where an entry is NaN."""
-    return float(max(x.max(), -x.min()))  # of NaN among numbers both are NaN
-
-
-def _are_normal(x: Floats, axis: int, dtype: str, factor: float = 1.0) -> bool:
-    """Return whether all columns (0) or rows (1) of x · factor keep their digits in a dtype, by the rule of `LowRank`."""
-    tiny, largest = _LIMITS[dtype]
-    if _extent(x) * abs(factor) > largest / 4:
-        return False
-    some = x[:_LOOKED_AT] if axis == 0 else x[:, :_LOOKED_AT]
-    for looked_at in (some, x):
-        sizes = np.abs(looked_at).max(axis=axis).astype(np.float64) * abs(factor)
-        if bool((sizes >= 4 * tiny).all()):
-            return True
-    return bool(((sizes == 0) | (sizes >= 4 * tiny)).all())
-
-
-def _stored(x: Floats, dtype: str) -> NDArray[Any] | None:
-    """Return x in a dtype, bfloat16 as its bits in uint16; None where it overflows there, or all of it is 0."""
-    bits: NDArray[Any]
+def _stored(x: Floats, dtype: str) -> NDArray[Any]:
+    """Return x in a dtype in which nothing of it overflows, bfloat16 as its bits in uint16; it may be changed."""
     if dtype == "float32":
-        found, bits, infinite = x, x.view(np.uint32), 0x7F800000
-    elif dtype == "float16":
-        with np.errstate(over="ignore"):
-            found = x.astype(np.float16)
-        bits, infinite = found.view(np.uint16), 0x7C00
-    else:
-        wide = x.view(np.uint32)
-        wide = wide + (np.uint32(0x7FFF) + ((wide >> np.uint32(16)) & np.uint32(1)))  # to nearest, ties to even
-        found = bits = (wide >> np.uint32(16)).astype(np.uint16)
-        infinite = 0x7F80
-    most = int((bits & bits.dtype.type(~(1 << (8 * bits.itemsize - 1)) & ((1 << 8 * bits.itemsize) - 1))).max())
-    return found if 0 < most < infinite else None
-
-
-@contextmanager
-def _pool(workers: int) -> Iterator[Executor]:
-    if workers == 1:
-        yield InThisThread()
-        return
-    pool = ThreadPoolExecutor(workers, "plait-work")
-    try:
-        yield pool
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        return x
+    if dtype == "float16":
+        return x.astype(np.float16)
+    wide = x.view(np.uint32)
+    odd = wide >> np.uint32(16)  # to nearest, ties to even
+    odd &= np.uint32(1)
+    odd += np.uint32(0x7FFF)
+    wide += odd
+    wide >>= np.uint32(16)
+    return wide.astype(np.uint16)
