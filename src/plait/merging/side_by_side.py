@@ -130,7 +130,7 @@ class SideBySide:
         return None if a is None or b is None else (a, b)
 
     def _joined(self, parts: Sequence[tuple[Adapter, str, float]], axis: int) -> NDArray[Any] | None:
-        """Return matrices of adapters, each times a number, below (0) or beside (1) each other, as they are stored.
+        """Return matrices of adapters, each times a number, below (0) or next to (1) each other, as they are stored.
 
         Those times 0 are left out; None where one of them is not plain, or the result is not.
         """
