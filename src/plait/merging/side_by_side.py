@@ -135,7 +135,7 @@ class SideBySide:
         Those times 0 are left out; None where one of them is not plain, or the result is not.
         """
         shapes = [adapter.file.tensors[name].shape for adapter, name, share in parts if share != 0]
-        if not shapes:
+        if not shapes or any(len(shape) != 2 for shape in shapes):
             return None
         total, other = sum(shape[axis] for shape in shapes), shapes[0][1 - axis]
         joined = np.empty((total, other) if axis == 0 else (other, total), dtype=np.float32)
