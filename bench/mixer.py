@@ -47,11 +47,11 @@ def run(_: Path, rounds: int, raw: dict[str, Any]) -> list[Section]:
 def _turn(space: str) -> dict[str, tuple[float, float]]:
     """Return the CPU and wall seconds of every change."""
     from plait.merging.inventory import take_inventory
-    from plait.merging.kept import KeptResults
+    from plait.merging.kept import UNWEIGHTED_BYTES, KeptResults
     from plait.mixture.merged import merged_modules
     from plait.recipes.request import read_request
 
-    adapters, kept, found = {p.name: p for p in sorted(DEMO.iterdir())}, KeptResults(), {}
+    adapters, kept, found = {p.name: p for p in sorted(DEMO.iterdir())}, KeptResults(unweighted=UNWEIGHTED_BYTES), {}
     for change, settings in CHANGES.items():
         recipe, _ = read_request(None, adapters, {"method": "ties", "space": space, **settings})
         inventory = replace(take_inventory(recipe), kept=kept)

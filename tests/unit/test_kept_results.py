@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from plait.adapters.adapter import Adapter
-from plait.merging import combine, engine
+from plait.merging import combine
 from plait.merging.combine import Combiner
 from plait.merging.inventory import Inventory, take_inventory
 from plait.merging.kept import KeptResults
@@ -98,9 +98,9 @@ def test_what_does_not_change_is_not_computed_again(folder: Path, monkeypatch: p
 
 def test_of_dense_merges_only_what_has_changed_is_computed_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     counts: Counter[str] = Counter()
-    survey, truncate = Combiner.observe, engine.truncate_module
+    survey, unscaled = Combiner.observe, Combiner._unscaled
     monkeypatch.setattr(Combiner, "observe", lambda self, *given: (counts.update(["seen"]), survey(self, *given))[1])
-    monkeypatch.setattr(engine, "truncate_module", lambda *given: (counts.update(["cut"]), truncate(*given))[1])
+    monkeypatch.setattr(Combiner, "_unscaled", lambda self, *given: (counts.update(["cut"]), unscaled(self, *given))[1])
     first = inventory(folder, {"method": "ties", "space": "delta"})
     shared = replace(first, kept=KeptResults())
     one_layer = LayerWeights(policy="per_layer", layers={"model.layers.0": {"adapter0": 2.0}})

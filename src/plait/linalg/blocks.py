@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from plait.deferred import Tensor, torch
-from plait.linalg.factored import ThinSVD, orthonormal_rows
+from plait.linalg.factored import ThinSVD, orthonormal_rows, orthonormal_rows_of_each
 from plait.linalg.keyed import Key, uniform
 
 RangeHint = Sequence[tuple[Tensor, Tensor]]
@@ -40,6 +40,8 @@ class _Search(NamedTuple):
     tolerance: float
 
 
+TOGETHER_BELOW = 1 << 20  # matrices of so many entries are decomposed several at a time: one by one, calls cost as much
+_BLOCKS = 4  # of `rank` rows each, of such a one whose row space is known
 _AT_LARGE = _Search(16, 4, 0.1, 0.01)
 _HINTED = _Search(0, 0, 0.2, 0.004)  # from where the hint has the row space, more and narrower blocks find more in fewer rows
 
@@ -107,6 +109,11 @@ class RowBlocks:
                 raise ValueError(f"rows {start}:{stop}: the block is {block.dtype}, the adapters are {self.dtype}")
             yield start, block
 
+    @property
+    def hinted(self) -> int:
+        """Number of rows of all factors a of the hint."""
+        return sum(len(a) for _, a in self.range_hint)
+
     def scaled(self, factor: float) -> RowBlocks:
         """Return the matrix times a number."""
         if factor == 1:
@@ -173,9 +180,10 @@ def truncated_svd(matrix: RowBlocks, rank: int, key: Key, *, iterations: int = 4
     Musco & Musco 2015 (arXiv:1504.05477), algorithm 2: a randomized block Krylov method, which finds the triplets in the span
     of all blocks so far. Deviations: a block begins with the leading directions found until then; it ends when the error
     ‖M − U S Vᵀ‖ fell by less than a share of itself (what is left to gain is less than that in practice); and it begins with
-    the matrix's `range_hint` where there is one: with its rows, where they are about as many as are wanted. The sketch is drawn
-    from `key`, never from a global generator. Where the sketch would be half as wide as the matrix, a dense SVD is exact and
-    cheaper, and used instead.
+    the matrix's `range_hint` where there is one: with its rows, where they are about as many as are wanted. Of a small matrix
+    with such a hint, blocks are four, each begins with all leading directions, and nothing is asked between them, so that
+    several can be decomposed at a time (`truncated_svds`). The sketch is drawn from `key`, never from a global generator. Where
+    the sketch would be half as wide as the matrix, a dense SVD is exact and cheaper, and used instead.
 
     Args:
         matrix: (m, n), float32 or float64.
@@ -188,9 +196,11 @@ def truncated_svd(matrix: RowBlocks, rank: int, key: Key, *, iterations: int = 4
     if min(m, n) <= 2 * max(rank + _DENSE_BELOW, 32):
         u, s, vh = torch.linalg.svd(matrix.dense(), full_matrices=False)
         return ThinSVD(u[:, :rank], s[:rank].double(), vh[:rank])
+    if _is_taken_together(matrix, rank):
+        return _svds_together([matrix], rank, [key])[0]
     total = matrix.energy()
     slack = torch.finfo(matrix.dtype).eps * total  # the round-off of a sum of squares
-    known = sum(len(a) for _, a in matrix.range_hint)
+    known = matrix.hinted
     search = _HINTED if rank <= known <= rank + _AT_LARGE.extra else _AT_LARGE
     width = (known if search is _HINTED else rank) + search.extra
     most = min(m, n, width + iterations * (rank + search.continued))
@@ -218,11 +228,68 @@ def truncated_svd(matrix: RowBlocks, rank: int, key: Key, *, iterations: int = 4
     return ThinSVD((found.to(q.dtype).mT @ q[:new]).mT, s[:rank], _rows_of_unit_norm(found, s[:rank], s[0], z[:new]))
 
 
+def truncated_svds(matrices: Sequence[RowBlocks], rank: int, keys: Sequence[Key]) -> list[ThinSVD]:
+    """Compute what `truncated_svd` does of every matrix, bit for bit; small ones of one shape at the same time.
+
+    Args:
+        matrices: of any shapes.
+        rank: number of triplets of each.
+        keys: of their random sketches.
+    """
+    found: dict[int, ThinSVD] = {}
+    groups: dict[tuple[object, ...], list[int]] = {}
+    for i, matrix in enumerate(matrices):
+        if _is_taken_together(matrix, rank):
+            groups.setdefault((matrix.shape, matrix.dtype, matrix.hinted), []).append(i)
+        else:
+            found[i] = truncated_svd(matrix, rank, keys[i])
+    for places in groups.values():
+        found |= zip(places, _svds_together([matrices[i] for i in places], rank, [keys[i] for i in places]), strict=True)
+    return [found[i] for i in range(len(matrices))]
+
+
+def _is_taken_together(matrix: RowBlocks, rank: int) -> bool:
+    """Return whether a matrix is small, its row space is about as large as is wanted, and a dense SVD would cost more."""
+    m, n = matrix.shape
+    small = m * n <= TOGETHER_BELOW and min(m, n) > 2 * max(rank + _DENSE_BELOW, 32)
+    return small and rank <= matrix.hinted <= rank + _AT_LARGE.extra
+
+
+def _svds_together(matrices: Sequence[RowBlocks], rank: int, keys: Sequence[Key]) -> list[ThinSVD]:
+    """Decompose matrices of one shape, dtype and number of hinted rows: see `truncated_svd`."""
+    (m, n), count, width = matrices[0].shape, len(matrices), matrices[0].hinted
+    dense = torch.empty(count, m, n, dtype=matrices[0].dtype)
+    for matrix, place in zip(matrices, dense, strict=True):
+        for start, block in matrix:
+            place[start : start + len(block)] = block
+        matrix.release()
+    most = min(m, n, width + (_BLOCKS - 1) * rank)
+    q, z = dense.new_empty(count, most, m), dense.new_empty(count, most, n)
+    wide, gram = z.new_empty(z.shape, dtype=torch.float64), z.new_empty(count, most, most, dtype=torch.float64)
+    sketches = torch.stack([_sketch(matrix, key, width) for matrix, key in zip(matrices, keys, strict=True)])
+    y = torch.bmm(sketches, dense.mT)
+    old, new = 0, width
+    while True:
+        orthonormal_rows_of_each(y, q[:, :old], out=q[:, old:new])
+        wide[:, old:new] = z[:, old:new] = torch.bmm(q[:, old:new], dense)
+        gram[:, :new, old:new] = torch.bmm(wide[:, :new], wide[:, old:new].mT)
+        squares, turn = torch.linalg.eigh(gram[:, :new, :new], UPLO="U")  # ascending
+        s = squares.clamp_min(0).sqrt()
+        if new == most:
+            break
+        old, new = new, min(most, new + rank)
+        leading = slice(2 * old - new, old)
+        y = torch.bmm(_rows_of_unit_norm(turn[..., leading], s[:, leading], s[:, -1:], z[:, :old]), dense.mT)
+    s, turn = s[:, -rank:].flip(-1), turn[..., -rank:].flip(-1)
+    u, vh = torch.bmm(turn.to(q.dtype).mT, q), _rows_of_unit_norm(turn, s, s[:, :1], z)
+    return [ThinSVD(u[i].mT, s[i], vh[i]) for i in range(count)]
+
+
 def _rows_of_unit_norm(turn: Tensor, s: Tensor, largest: Tensor, z: Tensor) -> Tensor:
-    """Return turnᵀ z, (k, n), each row over its norm: the s (k,) that is not round-off of the largest."""
+    """Return turnᵀ z, (…, k, n), each row over its norm: the s (…, k) that is not round-off of the largest."""
     limits = torch.finfo(z.dtype)
-    norms = s.clamp_min(max(limits.eps * float(largest), limits.tiny))
-    return (turn / norms).to(z.dtype).mT @ z
+    norms = torch.maximum(s, (limits.eps * largest).clamp_min(limits.tiny))
+    return (turn / norms.unsqueeze(-2)).to(z.dtype).mT @ z
 
 
 def _sketch(matrix: RowBlocks, key: Key, width: int) -> Tensor:

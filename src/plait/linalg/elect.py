@@ -5,6 +5,7 @@ Masks are numbers, 0 and 1, in the dtype of what they mask: arithmetic on them i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 from plait.deferred import Tensor, torch
@@ -65,6 +66,38 @@ def merge_agreeing(x: Tensor, voters: Tensor, sign: Tensor, weights: Tensor, div
         return total.div_(share.clamp_min_(1))
     canceled = share.abs().sub_(size, alpha=_CANCELED).le_(0)
     return total.div_(share.mul_(1 - canceled).add_(canceled))
+
+
+def agreeing_entries(x: Tensor, voters: Tensor, sign: Tensor, divisor: Divisor) -> tuple[Tensor, ...]:
+    """Return what `merge_agreeing` weighs where weights have no say in who agrees.
+
+    `weigh_agreeing` of it gives the same bits, but for the signs of zeros.
+
+    Args:
+        x: (T, p, q).
+        voters: (T, p, q).
+        sign: (p, q), in {−1, 0, 1}.
+        divisor: `count` or `none`.
+
+    Returns:
+        x with zeros where an adapter does not agree, (T, p, q), and for `count` the number of those that do, at least 1, uint8
+        (1, p, q).
+    """
+    kept, count = torch.empty_like(x), torch.zeros_like(sign)
+    for value, voter, place in zip(x, voters, kept, strict=True):
+        count.add_(agreement(voter, sign, out=place))
+        place.mul_(value)
+    return (kept, count.clamp_min_(1).to(torch.uint8).unsqueeze(0)) if divisor == "count" else (kept,)
+
+
+def weigh_agreeing(entries: Sequence[Tensor], weights: Tensor) -> Tensor:
+    """Return Σ weights[t] · x[t] over the number of those that agree, (p, q), from rows of what `agreeing_entries` returned."""
+    (first, *others), *count = entries
+    weight, *weights_of_others = weights.tolist()
+    total, product = first * weight, torch.empty_like(first)
+    for value, weight in zip(others, weights_of_others, strict=True):
+        total.add_(torch.mul(value, weight, out=product))  # rounded twice, as `merge_agreeing` does
+    return total.div_(product.copy_(count[0][0])) if count else total
 
 
 def weighted_sum(x: Tensor, weights: Tensor) -> Tensor:

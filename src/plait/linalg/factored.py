@@ -105,6 +105,32 @@ def orthonormal_rows(y: Tensor, others: Tensor) -> Tensor:
     return q[:, len(others) :].mT
 
 
+def orthonormal_rows_of_each(y: Tensor, others: Tensor, out: Tensor) -> None:
+    """Put into every matrix of `out` an orthonormal basis of what the rows of y add to others.
+
+    By two Cholesky decompositions of their Gram matrices, of all at once; where these do not suffice, by `orthonormal_rows`.
+
+    Args:
+        y: (T, k, m).
+        others: orthonormal rows (T, j, m), j + k at most m.
+        out: (T, k, m).
+    """
+    found, settled = y, torch.ones(len(y), dtype=torch.bool)
+    for projections, limit in ((2, _TWICE), (1, _ONCE)):
+        for _ in range(projections if others.shape[1] else 0):
+            found = torch.baddbmm(found, torch.bmm(found, others.mT), others, alpha=-1)
+        wide = found.double()
+        gram = torch.bmm(wide, wide.mT)
+        norms = gram.diagonal(dim1=-2, dim2=-1).sqrt()
+        lower, failed = torch.linalg.cholesky_ex(gram / (norms.unsqueeze(-1) * norms.unsqueeze(-2)))
+        inverse = torch.linalg.solve_triangular(lower, torch.eye(y.shape[1], dtype=lower.dtype), upper=False)
+        settled &= (failed == 0) & (inverse.square().sum((-2, -1)) / y.shape[1] < limit)
+        found = torch.bmm((inverse / norms.unsqueeze(-2)).to(y.dtype), found)
+    out.copy_(found)
+    for i in (~settled).nonzero().flatten().tolist():
+        out[i] = orthonormal_rows(y[i], others[i])
+
+
 def product_svd(b: Tensor, a: Tensor) -> ThinSVD:
     """Compute the thin SVD of `b @ a` from QR of both factors and one r × r SVD.
 

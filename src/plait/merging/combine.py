@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, partial
 
@@ -211,19 +211,39 @@ class Combiner:
         merged = []
         for array in frame.arrays:
             block = self._blocks(module, index, array, statistics[array.name])
-            merged.append(RowBlocks(array.shape, self._rows(block), frame.dtype, array.range_hint))
+            rows = self._weighed_rows(module, index, array, frame.dtype, block) or self._rows(block)
+            merged.append(RowBlocks(array.shape, rows, frame.dtype, array.range_hint))
         return frame.lift(merged)
 
     def _rows(self, block: Callable[[int, int], Block]) -> Callable[[int, int], Tensor]:
         def rows(start: int, stop: int) -> Tensor:
-            whole = block(start, stop)
-            adapters, _, columns = whole.x.shape
-            step = max(1, CACHED_ELEMENTS // (adapters * max(1, columns)))
-            parts = [whole.of(whole.x[:, i : i + step], whole.statistics, i) for i in range(0, stop - start, step)]
-            merged = [self.pipeline.combine_block(part) for part in parts]
+            merged = [self.pipeline.combine_block(piece) for piece in _pieces(block(start, stop))]
             return merged[0] if len(merged) == 1 else torch.cat(merged)  # as they are: `RowBlocks` checks shape and dtype
 
         return rows
+
+    def _weighed_rows(
+        self, module: str, index: int, array: Array, dtype: torch.dtype, block: Callable[[int, int], Block]
+    ) -> Callable[[int, int], Tensor] | None:
+        """Return what `_rows` does, from what is kept for merges at other weights; None where nothing is, or it has no room."""
+        store, settings = None if self.kept is None else self.kept.unweighted, f"{dtype} {self.without_weights}"
+        most = array.shape[0] * array.shape[1] * (len(self.recipe.adapters) * dtype.itemsize + 1)
+        place = f"{module} {index} {array.name}"
+        if store is None or not self.pipeline.weighs_last or not store.has_room(settings, place, most):
+            return None
+
+        def made() -> tuple[Tensor, ...]:
+            whole: tuple[Tensor, ...] = ()
+            for piece in (piece for rows in block_ranges(*array.shape) for piece in _pieces(block(*rows))):
+                parts, end = self.pipeline.unweighted(piece), piece.start + piece.x.shape[-2]
+                whole = whole or tuple(x.new_empty(*x.shape[:-2], *array.shape) for x in parts)
+                for all_rows, rows in zip(whole, parts, strict=True):
+                    all_rows[..., piece.start : end, :] = rows
+            return whole
+
+        found = store.result(settings, place, made, lambda parts: sum(x.nbytes for x in parts))
+        weights = block(0, 0).weights
+        return lambda start, stop: self.pipeline.weigh([x[..., start:stop, :] for x in found], weights)
 
     def _blocks(self, module: str, index: int, array: Array, statistics: tuple[Tensor, ...]) -> Callable[..., Block]:
         key = Key(self.recipe.seed)
@@ -300,6 +320,14 @@ def _bytes(merged: Sequence[MergedMatrix]) -> int | None:
 def _total(counts: Sequence[int | None]) -> int | None:
     """Return their sum; None where one of them is None."""
     return None if None in counts else sum(count or 0 for count in counts)
+
+
+def _pieces(block: Block) -> Iterator[Block]:
+    """Yield a block as blocks of so few rows that work on single entries stays in the cache."""
+    adapters, rows, columns = block.x.shape
+    step = max(1, CACHED_ELEMENTS // (adapters * max(1, columns)))
+    for i in range(0, rows, step):
+        yield block.of(block.x[:, i : i + step], block.statistics, i)
 
 
 def _gram(deltas: Sequence[LowRank]) -> Tensor:

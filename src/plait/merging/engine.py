@@ -7,17 +7,19 @@ workers instead, and the bytes do not depend on how many there are.
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TypeVar
+from types import MappingProxyType
+from typing import Any, TypeVar
 
 from plait.adapters.lowrank import LowRank
 from plait.deferred import Tensor, torch
 from plait.errors import PlaitError, PlanError
-from plait.linalg.blocks import RowBlocks
+from plait.linalg.blocks import TOGETHER_BELOW, RowBlocks
 from plait.linalg.finite import all_finite
 from plait.linalg.keyed import Key
 from plait.merging import dora
@@ -25,8 +27,8 @@ from plait.merging.combine import Combiner, Statistics, pipeline_of
 from plait.merging.inventory import Inventory
 from plait.merging.plan import MergePlan, ModulePlan
 from plait.merging.prepared import NeedsDouble, PreparedAdapters
-from plait.merging.truncation import OutputFactors, as_blocks, rank_at_energy, truncate_module
-from plait.results.progress import Progress
+from plait.merging.truncation import OutputFactors, as_blocks, rank_at_energy, truncate_module, truncate_modules
+from plait.results.progress import Progress, SilentProgress
 from plait.results.threads import InThisThread, ahead, one_thread_each
 from plait.spaces import SPACES
 from plait.spaces.base import MergedMatrix
@@ -34,6 +36,7 @@ from plait.stages.base import GramCombine, LinearCombine, Reduction, Survey
 
 T = TypeVar("T")
 R = TypeVar("R")
+_TOGETHER, _APART = 4, 32  # modules of one shape that are truncated at the same time, and how far apart they may be
 
 
 @dataclass(frozen=True)
@@ -121,24 +124,66 @@ class Engine:
     def each(self, combiner: Combiner, ranks: Mapping[str, int], then: Callable[[MergedModule], R]) -> Iterator[R]:
         """Yield what `then` makes of every merged module, in the plan's order. It is called in the module's worker."""
 
-        def work(module: ModulePlan) -> R:
-            return self.one(combiner, module.target, ranks[module.target], then)
+        def work(group: Sequence[ModulePlan]) -> list[tuple[str, R]]:
+            cut = self._cut_together(combiner, [m.target for m in group], ranks[group[0].target]) if len(group) > 1 else {}
+            return [(m.target, self.one(combiner, m.target, ranks[m.target], then, cut)) for m in group]
 
-        with _pool(self._workers) as pool:
-            yield from self._each("merge", work, self._plan.modules, pool)
-
-    def one(self, combiner: Combiner, target: str, rank: int, then: Callable[[MergedModule], R]) -> R:
-        """Return what `then` makes of one merged module, in this thread."""
+        groups, order, ready = self._groups(combiner, ranks), deque(m.target for m in self._plan.modules), dict[str, R]()
+        self._progress.start("merge", len(order))
         try:
-            with name_extreme_adapters(combiner, target):
-                return then(self._module(combiner, target, rank))
-        except PlaitError:
-            raise
-        except Exception as error:
-            error.add_note(f"while merging target module {target!r}")
-            raise
+            with _pool(self._workers) as pool:
+                for found in self._each("merge", work, groups, pool, SilentProgress()):
+                    ready.update(found)
+                    while order and order[0] in ready:
+                        yield ready.pop(order.popleft())
+                        self._progress.advance()
+        finally:
+            self._progress.finish()
 
-    def _module(self, combiner: Combiner, target: str, rank: int) -> MergedModule:
+    def one(
+        self,
+        combiner: Combiner,
+        target: str,
+        rank: int,
+        then: Callable[[MergedModule], R],
+        cut: Mapping[str, OutputFactors] = MappingProxyType({}),
+    ) -> R:
+        """Return what `then` makes of one merged module, in this thread; `cut` holds what `_cut_together` returned."""
+        with _named(combiner, target):
+            return then(self._module(combiner, target, rank, cut))
+
+    def _groups(self, combiner: Combiner, ranks: Mapping[str, int]) -> list[list[ModulePlan]]:
+        """Return the modules of the plan in groups whose dense deltas are truncated at the same time: small ones of one shape.
+
+        A group has no modules that are far apart in the plan, whose results would be waited for by all between them.
+        """
+        recipe, modules = self._inventory.recipe, self._plan.modules
+        is_dense = recipe.output.kind == "adapter" and not combiner.pipeline.low_rank(recipe.space_name)
+        groups: list[list[ModulePlan]] = []
+        alike: dict[tuple[Any, ...], tuple[int, list[ModulePlan]]] = {}
+        for place, module in enumerate(modules):
+            key = module.shape, module.stack, ranks[module.target], sum(module.ranks.values())
+            first, group = alike.get(key, (place, []))
+            small = math.prod(module.shape) <= TOGETHER_BELOW
+            if not (group and is_dense and small and len(group) < _TOGETHER and place - first < _APART):
+                first, group = place, []
+                groups.append(group)
+            group.append(module)
+            alike[key] = first, group
+        return groups
+
+    def _cut_together(self, combiner: Combiner, targets: Sequence[str], rank: int) -> dict[str, OutputFactors]:
+        """Return what `_truncated` finds of modules before it is scaled, of those whose result is not kept."""
+        lacking = []
+        for target in targets:
+            kept = combiner.kept is not None and combiner.kept.find(_cut_settings(combiner, target, rank), target)
+            if not kept:
+                with _named(combiner, target):
+                    lacking.append((target, _check_finite(target, combiner.unscaled(target))))
+        found = truncate_modules([merged for _, merged in lacking], rank, [self._key(target) for target, _ in lacking])
+        return dict(zip((target for target, _ in lacking), found, strict=True))
+
+    def _module(self, combiner: Combiner, target: str, rank: int, cut: Mapping[str, OutputFactors]) -> MergedModule:
         key = self._key(target)
         bias = self._bias(combiner, target) if self._has_bias else None
         if self._inventory.recipe.output.kind == "delta":
@@ -147,16 +192,18 @@ class Engine:
         if self._inventory.base is not None:
             return self._dora_module(combiner, target, rank, bias)
         if not combiner.pipeline.low_rank(self._inventory.recipe.space_name):
-            return MergedModule(target, self._truncated(combiner, target, rank), None, bias, None)
+            return MergedModule(target, self._truncated(combiner, target, rank, cut), None, bias, None)
         emitted = truncate_module(_check_finite(target, combiner.merge(target)), rank, key)
         if self._side_by_side and not any(bool(s.b.any()) for s in emitted.slices):
             self._check_zero(combiner, target)
         return MergedModule(target, emitted, None, bias, None)
 
-    def _truncated(self, combiner: Combiner, target: str, rank: int) -> OutputFactors:
+    def _truncated(self, combiner: Combiner, target: str, rank: int, cut: Mapping[str, OutputFactors]) -> OutputFactors:
         """Return what is written of a dense delta; truncated before it is scaled, so that merges at several scales share it."""
 
         def truncate() -> OutputFactors:
+            if target in cut:
+                return cut[target]
             return truncate_module(_check_finite(target, combiner.unscaled(target)), rank, self._key(target))
 
         def size(found: OutputFactors) -> int:
@@ -165,7 +212,7 @@ class Engine:
         if combiner.kept is None:
             found = truncate()
         else:
-            found = combiner.kept.result(f"rank {rank} {combiner.settings(target)}", target, truncate, size)
+            found = combiner.kept.result(_cut_settings(combiner, target, rank), target, truncate, size)
         scaled = found.scaled(self._inventory.recipe.factor)
         if not (scaled.energy or 0.0) ** 0.5 <= torch.finfo(torch.float32).max:  # else no entry overflows
             _check_finite(target, combiner.merge(target))
@@ -256,11 +303,31 @@ class Engine:
     def _key(self, target: str) -> Key:
         return Key(self._inventory.recipe.seed).child("truncation", target)
 
-    def _each(self, stage: str, work: Callable[[T], R], items: Sequence[T], pool: Executor) -> Iterator[R]:
+    def _each(
+        self, stage: str, work: Callable[[T], R], items: Sequence[T], pool: Executor, progress: Progress | None = None
+    ) -> Iterator[R]:
         """Run `work` on items in threads, a few ahead of the consumer, and yield results in order."""
         # a wide module in front leaves workers idle where few others are under way; dense results take room as they wait
         most = self._workers + 1 if self._inventory.recipe.output.kind == "delta" else 2 * self._workers + 2
-        return ahead(stage, work, items, pool, most, self._progress)
+        return ahead(stage, work, items, pool, most, progress or self._progress)
+
+
+def _cut_settings(combiner: Combiner, target: str, rank: int) -> str:
+    """Return all that a truncated module depends on besides the adapters."""
+    return f"rank {rank} {combiner.settings(target)}"
+
+
+@contextmanager
+def _named(combiner: Combiner, target: str) -> Iterator[None]:
+    """Name the module, and adapters with extreme values, in errors of its merge."""
+    try:
+        with name_extreme_adapters(combiner, target):
+            yield
+    except PlaitError:
+        raise
+    except Exception as error:
+        error.add_note(f"while merging target module {target!r}")
+        raise
 
 
 def is_side_by_side(inventory: Inventory, plan: MergePlan) -> bool:

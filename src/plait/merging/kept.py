@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 USUAL_BYTES = 1 << 30
+UNWEIGHTED_BYTES = 1 << 31  # three adapters of a model of 135M parameters take 1.3 GiB in float32
 FRAME_BYTES = 1 << 27  # of the coordinates of one merge, and as much again of what these can be had from without decompositions
 
 
@@ -17,9 +18,15 @@ class KeptResults:
 
     Args:
         most: bytes that are kept.
+        unweighted: as many besides of dense matrices that only weights are missing in, of every adapter: worth it where weights
+            change again and again.
+
+    Attributes:
+        unweighted: these; None where none are kept.
     """
 
-    def __init__(self, most: int = USUAL_BYTES) -> None:
+    def __init__(self, most: int = USUAL_BYTES, *, unweighted: int = 0) -> None:
+        self.unweighted = KeptResults(unweighted) if unweighted else None
         self._most, self._bytes = most, 0
         self._groups: OrderedDict[Hashable, dict[Any, tuple[Any, int]]] = OrderedDict()
         self._lock = Lock()
@@ -28,6 +35,12 @@ class KeptResults:
         """Return what is kept of a module; None where nothing is."""
         with self._lock:
             return self._groups.get(settings, {}).get(module, (None,))[0]
+
+    def has_room(self, settings: Hashable, module: str, count: int) -> bool:
+        """Return whether a result of so many bytes is kept, or would be."""
+        with self._lock:
+            group = self._groups.get(settings, {})
+            return module in group or sum(size for _, size in group.values()) + count <= self._most
 
     def result(self, settings: Hashable, module: str, make: Callable[[], T], size: Callable[[T], int | None]) -> T:
         """Return what was made before of a module with these settings, or make it, and keep it where there is room.

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from plait.adapters.lowrank import LowRank
 from plait.deferred import Tensor, torch
 from plait.errors import PlanError
-from plait.linalg.blocks import RowBlocks, truncated_svd
-from plait.linalg.factored import rank_for_energy
+from plait.linalg.blocks import RowBlocks, truncated_svd, truncated_svds
+from plait.linalg.factored import ThinSVD, rank_for_energy
 from plait.linalg.keyed import Key
 from plait.merging.plan import DENSE_RANK_CAP
 from plait.spaces.base import MergedMatrix
@@ -51,7 +51,19 @@ def truncate_module(merged: Sequence[MergedMatrix], rank: int, key: Key) -> Outp
     Low-rank deltas that fit are passed on untouched; others are truncated by their exact SVD, dense ones by a randomized SVD
     over row blocks.
     """
-    parts = [_fit(m, rank, key.child(str(i))) for i, m in enumerate(merged)]
+    return truncate_modules([merged], rank, [key])[0]
+
+
+def truncate_modules(modules: Sequence[Sequence[MergedMatrix]], rank: int, keys: Sequence[Key]) -> list[OutputFactors]:
+    """Do what `truncate_module` does with every module, bit for bit; dense ones of one shape at the same time."""
+    pairs = [(m, key.child(str(i))) for merged, key in zip(modules, keys, strict=True) for i, m in enumerate(merged)]
+    dense = [(m, key) for m, key in pairs if isinstance(m, RowBlocks)]
+    svds = iter(truncated_svds([m for m, _ in dense], rank, [key for _, key in dense]))
+    fitted = iter([_fit(m, rank) if isinstance(m, LowRank) else _cut(m, next(svds)) for m, _ in pairs])
+    return [_output([next(fitted) for _ in merged]) for merged in modules]
+
+
+def _output(parts: Sequence[tuple[LowRank, float | None, float | None]]) -> OutputFactors:
     widest = max(p.rank for p, _, _ in parts)
     slices = tuple(p.padded(widest) for p, _, _ in parts)
     if all(energy is None for _, energy, _ in parts):
@@ -64,13 +76,14 @@ def rank_at_energy(merged: Sequence[MergedMatrix], energy: float, key: Key) -> i
     return max(_rank_at_energy(m, energy, key.child(str(i))) for i, m in enumerate(merged))
 
 
-def _fit(merged: MergedMatrix, rank: int, key: Key) -> tuple[LowRank, float | None, float | None]:
-    if isinstance(merged, LowRank):
-        if merged.rank <= rank:
-            return merged, None, None
-        best, s = merged.truncated(rank)
-        return best, float(s.square().sum()), float(s[:rank].square().sum())
-    svd = truncated_svd(merged, rank, key)
+def _fit(merged: LowRank, rank: int) -> tuple[LowRank, float | None, float | None]:
+    if merged.rank <= rank:
+        return merged, None, None
+    best, s = merged.truncated(rank)
+    return best, float(s.square().sum()), float(s[:rank].square().sum())
+
+
+def _cut(merged: RowBlocks, svd: ThinSVD) -> tuple[LowRank, float, float]:
     return LowRank.from_svd(svd), merged.energy(), float(svd.s.square().sum())
 
 

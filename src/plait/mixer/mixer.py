@@ -29,7 +29,7 @@ from plait.hub.references import parse_reference
 from plait.inspection.doubts import adapter_doubts
 from plait.merging.combine import pipeline_of
 from plait.merging.inventory import Inventory
-from plait.merging.kept import KeptResults
+from plait.merging.kept import UNWEIGHTED_BYTES, KeptResults
 from plait.merging.pipeline import run_recipe
 from plait.merging.plan import make_plan
 from plait.merging.weighting import module_weights, towers_of
@@ -170,7 +170,7 @@ class Mixer:
             self._evaluator, inventory = recipe_evaluator(scored, folder, options, self.turns, without_tasks=True)
             make_plan(inventory, workers=self._workers)
             self.controls = Controls(recipe, inventory.layouts)
-        self._inventory = replace(inventory, kept=KeptResults())
+        self._inventory = replace(inventory, kept=KeptResults(unweighted=UNWEIGHTED_BYTES))
         self.base = self._evaluator.base
         singles = self._evaluator.singles
         self.notes = tuple(

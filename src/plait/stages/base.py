@@ -172,7 +172,13 @@ class DeltaStage(Stage):
 
 
 class EntryStage(Stage):
-    """Changes coordinates before they are combined."""
+    """Changes coordinates before they are combined.
+
+    Attributes:
+        weighs: whether it may look at the adapters' weights; what it makes otherwise is made once for all weights.
+    """
+
+    weighs: ClassVar[bool] = True
 
     def surveys(self) -> tuple[Survey, ...]:
         """Return what it needs to know beforehand."""
@@ -216,6 +222,19 @@ class EntryCombine(Stage):
     @abstractmethod
     def combine(self, block: Block) -> Tensor:
         """Return (p, q) from the block's (T, p, q), which is not changed."""
+
+    @property
+    def weighs_last(self) -> bool:
+        """Whether weights enter after all else, so that `unweighted` can be kept for other weights."""
+        return False
+
+    def unweighted(self, block: Block) -> tuple[Tensor, ...]:
+        """Return what `combine` has made of a block before it looks at weights, (…, p, q) each; asked where `weighs_last`."""
+        raise NotImplementedError
+
+    def weigh(self, unweighted: Sequence[Tensor], weights: Tensor) -> Tensor:
+        """Return what `combine` does, bit for bit, from rows of what `unweighted` returned, and weights (T,) float64."""
+        raise NotImplementedError
 
 
 class DeltaCombine(Stage):

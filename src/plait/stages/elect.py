@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from pydantic import Field
 
 from plait.deferred import Tensor
-from plait.linalg.elect import Divisor, Vote, elect_sign, merge_agreeing
+from plait.linalg.elect import Divisor, Vote, agreeing_entries, elect_sign, merge_agreeing, weigh_agreeing
 from plait.records import Record
 from plait.stages.base import Block, EntryCombine, Scope, StageParams, Survey, register_stage
 from plait.stages.surveys import total
@@ -53,13 +54,31 @@ class Elect(ElectFields, StageParams, EntryCombine):
 
     def combine(self, block: Block) -> Tensor:
         """Return the mean over those that agree, (p, q)."""
+        voters, sign = self._elected(block)
+        return merge_agreeing(block.x, voters, sign, block.weights, self.divisor)
+
+    @property
+    def weighs_last(self) -> bool:
+        """Whether weights enter neither the vote nor the divisor."""
+        return not self.weighted_vote and self.divisor != "weight"
+
+    def unweighted(self, block: Block) -> tuple[Tensor, ...]:
+        """Return the entries of those that agree, and their number."""
+        return agreeing_entries(block.x, *self._elected(block), self.divisor)
+
+    def weigh(self, unweighted: Sequence[Tensor], weights: Tensor) -> Tensor:
+        """Return the mean over those that agree, (p, q)."""
+        return weigh_agreeing(unweighted, weights)
+
+    def _elected(self, block: Block) -> tuple[Tensor, Tensor]:
+        """Return the voters (T, p, q) and the sign that they elect, (p, q)."""
         voters = self._voters(block)
         sign = elect_sign(voters, self.sign)
         if self.zero_sign == "plus":
             sign = _untied(sign, 1.0)
         elif self.zero_sign == "majority":
             sign = _untied(sign, float(block.statistics[0].sign()))
-        return merge_agreeing(block.x, voters, sign, block.weights, self.divisor)
+        return voters, sign
 
     def _voters(self, block: Block) -> Tensor:
         return block.x * block.weights.to(block.x.dtype).view(-1, 1, 1) if self.weighted_vote else block.x

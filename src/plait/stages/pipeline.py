@@ -130,7 +130,7 @@ class Pipeline:
             Survey(
                 survey.scope,
                 lambda adapters, at=at, survey=survey: _After(self, at, survey.start(adapters)),  # type: ignore[misc]
-                weighed=survey.weighed or at > 0 or bool(self.on_deltas),  # stages before it see the weights
+                weighed=survey.weighed or bool(self.on_deltas) or any(s.weighs for s in self.on_entries[:at]),
             )
             for at, stage in enumerate(self._entrywise)
             for survey in stage.surveys()
@@ -145,6 +145,23 @@ class Pipeline:
         if isinstance(self.combine, EntryCombine):
             return self.combine.combine(changed)
         return weighted_sum(changed.x, changed.weights)
+
+    @cached_property
+    def weighs_last(self) -> bool:
+        """Whether weights enter after all else that is done entry by entry: `unweighted` can be kept for other weights."""
+        seen = bool(self.on_deltas) or any(s.weighs for s in self.on_entries) or any(s.weighed for s in self.surveys())
+        return not seen and (self.combine.weighs_last if isinstance(self.combine, EntryCombine) else True)
+
+    def unweighted(self, block: Block) -> tuple[Tensor, ...]:
+        """Return what is made of a block before weights enter, (…, p, q) each; asked where `weighs_last`."""
+        changed = self.reach(block, len(self.on_entries))
+        return self.combine.unweighted(changed) if isinstance(self.combine, EntryCombine) else (changed.x,)
+
+    def weigh(self, unweighted: Sequence[Tensor], weights: Tensor) -> Tensor:
+        """Return what `combine_block` does, bit for bit, from rows of what `unweighted` returned, and the block's weights."""
+        if isinstance(self.combine, EntryCombine):
+            return self.combine.weigh(unweighted, weights)
+        return weighted_sum(unweighted[0], weights)
 
     def reach(self, block: Block, at: int) -> Block:
         """Return the block as the `at`-th stage on entries sees it: changed by those before it, with its own statistics."""

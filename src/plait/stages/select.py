@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import reduce
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -47,6 +47,7 @@ class Cutoff(StageParams, EntryStage):
     """Drop entries whose magnitude is at most a number: an absolute threshold, as mergekit's `ram` has (scale matters)."""
 
     name: Literal["cutoff"] = "cutoff"
+    weighs: ClassVar[bool] = False
     above: Annotated[float, Field(ge=0, allow_inf_nan=False, description="Entries with |x| above this are kept.")] = 1e-5
 
     def apply(self, block: Block) -> Tensor:

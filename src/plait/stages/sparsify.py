@@ -29,6 +29,7 @@ class Trim(TrimFields, StageParams, EntryStage):
     """Keep each adapter's largest entries (TIES, Algorithm 1, step 1). Entries that tie with the threshold are all kept."""
 
     name: Literal["trim"] = "trim"
+    weighs: ClassVar[bool] = False
 
     def surveys(self) -> tuple[Survey, ...]:
         """Ask for the smallest magnitude that is kept."""
@@ -60,6 +61,7 @@ class Band(BandFields, StageParams, EntryStage):
     """Drop each adapter's largest entries and its small ones (Model Breadcrumbs, §3)."""
 
     name: Literal["band"] = "band"
+    weighs: ClassVar[bool] = False
 
     def surveys(self) -> tuple[Survey, ...]:
         """Ask for the largest and the smallest magnitude that are kept."""
@@ -87,6 +89,7 @@ class Drop(DropFields, StageParams, EntryStage):
 
     name: Literal["drop"] = "drop"
     randomised: ClassVar[bool] = True
+    weighs: ClassVar[bool] = False
 
     def apply(self, block: Block) -> Tensor:
         """Return the survivors, rescaled, (T, p, q)."""
@@ -121,6 +124,7 @@ class DropByRank(DropByRankFields, StageParams, EntryStage):
 
     name: Literal["drop_by_rank"] = "drop_by_rank"
     randomised: ClassVar[bool] = True
+    weighs: ClassVar[bool] = False
 
     def apply(self, block: Block) -> Tensor:
         """Return the survivors, rescaled, (T, p, q)."""
