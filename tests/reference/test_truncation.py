@@ -244,3 +244,40 @@ def test_rank_for_energy(values, share):
 def test_rank_for_energy_of_nothing():
     assert rank_for_energy(torch.zeros(3, dtype=torch.float64), 0.9) == 1
     assert rank_for_energy(torch.zeros(0, dtype=torch.float64), 0.9) == 1
+
+
+def near_the_hint(m, n, seed, dtype=torch.float32, rank=6, adapters=3):
+    """Return a matrix of most entries of low-rank ones' sum, and these."""
+    factors = [
+        (normal(m, rank // adapters, seed=seed + i), normal(rank // adapters, n, seed=seed + 9 + i)) for i in range(adapters)
+    ]
+    factors = [(b.to(dtype), a.to(dtype)) for b, a in factors]
+    total = sum((b @ a for b, a in factors), torch.zeros(m, n, dtype=dtype))
+    dense = total * (total.abs() > 0.5)
+    return RowBlocks((m, n), lambda start, stop: dense[start:stop], dtype, factors), dense
+
+
+def test_several_at_a_time_are_each_as_one():
+    """Of two shapes and dtypes, one of them zero, one of a lower rank than is wanted, and one without a hint."""
+    pairs = [near_the_hint(90, 80, seed) for seed in range(3)]
+    pairs += [near_the_hint(90, 80, 3, torch.float64), near_the_hint(80, 120, 4), near_the_hint(90, 80, 5)]
+    zero, low = torch.zeros(90, 80), pairs[0][0].range_hint[0][0] @ pairs[0][0].range_hint[0][1]
+    matrices = [m for m, _ in pairs]
+    matrices += [RowBlocks((90, 80), lambda i, j, x=x: x[i:j], torch.float32, matrices[0].range_hint) for x in (zero, low)]
+    matrices.append(rows_of(pairs[1][1]))
+    keys = [Key(0, (str(i),)) for i in range(len(matrices))]
+    for found, matrix, key in zip(blocks.truncated_svds(matrices, 6, keys), matrices, keys, strict=True):
+        for mine, alone in zip(found, truncated_svd(matrix, 6, key), strict=True):
+            assert torch.equal(mine, alone)
+            assert torch.isfinite(mine).all()
+
+
+@every("shape", [(90, 80), (80, 120), (400, 300)])
+@every("dtype", [torch.float32, torch.float64])
+def test_small_matrices_near_their_hint_lose_next_to_nothing(shape, dtype):
+    matrix, dense = near_the_hint(*shape, seed=0, dtype=dtype)
+    found = truncated_svd(matrix, 6, Key(0))
+    lost = error(dense, found) ** 2 - best_error(dense, 6) ** 2
+    assert lost < 1e-4 * float(dense.double().square().sum())
+    for q in (found.u, found.vh.mT):
+        assert float((q.mT @ q - torch.eye(6, dtype=dtype)).abs().max()) < 1e-5

@@ -20,6 +20,7 @@ from plait.recipes.request import read_request
 from plait.recipes.schema import LayerWeights
 from plait.spaces import SPACES
 from plait.spaces.core import Core
+from plait.stages.pipeline import Pipeline
 from plait.testing import cohort
 from tests.every import every
 
@@ -54,6 +55,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("wide")
+    cohort([(70, 68), (70, 68), (66, 90), (70, 68), (66, 90)], [3, 3], dtype=torch.float32).save(place)
+    return place
+
+
 def inventory(folder: Path, settings: dict[str, Any]) -> Inventory:
     recipe, _ = read_request(None, {f"adapter{i}": folder / f"adapter{i}" for i in range(2)}, settings)
     return take_inventory(recipe)
@@ -75,6 +83,52 @@ def test_candidates_that_share_results_have_the_bits_of_those_that_do_not(folder
     for settings in [*CANDIDATES, *CANDIDATES]:
         recipe = inventory(folder, settings).recipe
         assert bits(replace(first, recipe=recipe, kept=shared)) == bits(replace(first, recipe=recipe)), settings
+
+
+WEIGHED_LAST: list[dict[str, Any]] = [
+    {"method": "ties", "flavor": "peft"},
+    {"method": "ties", "flavor": "fusion_bench"},
+    {"method": "ties", "sign": "frequency"},
+    {"method": "magnitude_prune", "density": 0.4},
+    {"method": "breadcrumbs"},
+    {"method": "dare_ties"},
+    {"method": "della"},
+]
+WEIGHED_BEFORE: list[dict[str, Any]] = [
+    {"method": "ties", "flavor": "mergekit"},
+    {"method": "sce"},
+    {"method": "magmax"},
+    {"method": "ram"},
+    {"method": "ties", "transforms": ["layer_l2_normalize"], "weighted_vote": True},
+]
+
+
+@every("settings", [*WEIGHED_LAST, *WEIGHED_BEFORE])
+@every("space", ["delta", "core"])
+@every("room", [1 << 20, 5000])
+def test_what_only_weights_are_missing_in_is_kept_with_the_same_bits(
+    wide: Path, settings: dict[str, Any], space: str, room: int
+) -> None:
+    """Modules of several shapes, which are truncated together, from matrices that are kept as far as there is room."""
+    first = inventory(wide, {**settings, "space": space})
+    shared = KeptResults(unweighted=room)
+    for weights in ({}, {"adapter0": 2.0}, {"adapter0": -0.3, "adapter1": 0.7}, {"adapter1": 0.0}):
+        recipe = inventory(wide, {**settings, "space": space, "weights": weights}).recipe
+        assert bits(replace(first, recipe=recipe, kept=shared)) == bits(replace(first, recipe=recipe)), weights
+
+
+@every("settings", [*WEIGHED_LAST, *WEIGHED_BEFORE])
+def test_other_weights_compute_no_entries_where_they_come_last(
+    wide: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
+) -> None:
+    counts: Counter[str] = Counter()
+    reach = Pipeline.reach
+    first = replace(inventory(wide, {**settings, "space": "delta"}), kept=KeptResults(unweighted=1 << 20))
+    bits(first)
+    with monkeypatch.context() as patched:
+        patched.setattr(Pipeline, "reach", lambda self, *given: (counts.update(["reached"]), reach(self, *given))[1])
+        bits(replace(first, recipe=inventory(wide, {**settings, "space": "delta", "weights": {"adapter0": 2.0}}).recipe))
+    assert bool(counts["reached"]) == (settings in WEIGHED_BEFORE)
 
 
 def test_what_does_not_change_is_not_computed_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

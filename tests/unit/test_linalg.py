@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from plait.linalg import blocks
 from plait.linalg.blocks import RowBlocks, block_ranges
 from plait.linalg.elect import agreement, elect_sign, merge_agreeing
-from plait.linalg.factored import frobenius_inner, left_basis, orient, orthonormal_rows
+from plait.linalg.factored import frobenius_inner, left_basis, orient, orthonormal_rows, orthonormal_rows_of_each
 from plait.linalg.finite import all_finite
 from plait.linalg.keyed import Key
 from plait.linalg.scratch import Scratch
@@ -224,6 +224,24 @@ def test_orthonormal_rows_are_orthogonal_to_others_whatever_they_add(dependent, 
     joined = torch.cat([others, found]).double()
     assert (joined @ joined.mT - torch.eye(9)).abs().max() < 100 * torch.finfo(dtype).eps
     assert (y - y @ joined.to(dtype).mT @ joined.to(dtype)).norm() < 1e-5 * y.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("others", [0, 5])
+def test_orthonormal_rows_of_each_are_those_of_one(dtype, others) -> None:
+    """Of random rows, rows that add little or nothing to the others, dependent ones, and none at all."""
+    old = torch.stack([torch.linalg.qr(normal(60, 5, seed=i)).Q.mT[:others] for i in range(5)]).to(dtype)
+    y = torch.stack([normal(4, 60, seed=10 + i) for i in range(5)]).to(dtype)
+    y[1] = y[1] * 1e-5 + (normal(4, others).to(dtype) @ old[1] if others else 1)
+    y[2, 3] = y[2, 2] * 2
+    y[3] = normal(4, others).to(dtype) @ old[3] if others else 0
+    y[4] = 0
+    out = torch.empty_like(y)
+    orthonormal_rows_of_each(y, old, out=out)
+    for mine, known, rows in zip(out, old, y, strict=True):
+        joined = torch.cat([known, mine]).double()
+        assert (joined @ joined.mT - torch.eye(others + 4)).abs().max() < 100 * torch.finfo(dtype).eps
+        assert (rows - rows @ joined.to(dtype).mT @ joined.to(dtype)).norm() <= 1e-4 * rows.norm()
 
 
 @pytest.mark.parametrize(("hold", "kept"), [(0, 0), (24, 2), (1 << 20, 4)])

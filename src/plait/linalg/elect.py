@@ -94,7 +94,8 @@ def weigh_agreeing(entries: Sequence[Tensor], weights: Tensor) -> Tensor:
     """Return Σ weights[t] · x[t] over the number of those that agree, (p, q), from rows of what `agreeing_entries` returned."""
     (first, *others), *count = entries
     weight, *weights_of_others = weights.tolist()
-    total, product = first * weight, torch.empty_like(first)
+    total: Tensor = first * weight
+    product = torch.empty_like(first)
     for value, weight in zip(others, weights_of_others, strict=True):
         total.add_(torch.mul(value, weight, out=product))  # rounded twice, as `merge_agreeing` does
     return total.div_(product.copy_(count[0][0])) if count else total

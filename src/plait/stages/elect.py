@@ -50,7 +50,11 @@ class Elect(ElectFields, StageParams, EntryCombine):
         """Ask for the majority of the elected signs where perfect ties take it."""
         if self.zero_sign != "majority":
             return ()
-        return (total(self.scope, lambda block: elect_sign(self._voters(block), self.sign).sum()),)
+
+        def signs(block: Block) -> Tensor:
+            return elect_sign(self._voters(block), self.sign).sum()
+
+        return (total(self.scope, signs, weighed=self.weighted_vote),)
 
     def combine(self, block: Block) -> Tensor:
         """Return the mean over those that agree, (p, q)."""

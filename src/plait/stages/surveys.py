@@ -119,13 +119,14 @@ def sums(quantity: Callable[[Block], Tensor]) -> Survey:
     return Survey("module", Sums)
 
 
-def total(scope: Scope, quantity: Callable[[Block], Tensor]) -> Survey:
+def total(scope: Scope, quantity: Callable[[Block], Tensor], *, weighed: bool = True) -> Survey:
     """Ask for the sum of a quantity over all blocks, in one pass.
 
     Args:
         scope: over the model or over each module.
         quantity: block → tensor of a fixed shape, summed in float64, or in int64 where it is of integers. It must be exact
             there (counts, signs, fixed point), or the sum would depend on how blocks are cut.
+        weighed: whether it may depend on the adapters' weights.
     """
 
     class Total:
@@ -148,4 +149,4 @@ def total(scope: Scope, quantity: Callable[[Block], Tensor]) -> Survey:
                 raise AssertionError("a total is read before anything was observed")
             return self._sum.double()
 
-    return Survey(scope, Total)
+    return Survey(scope, Total, weighed=weighed)
