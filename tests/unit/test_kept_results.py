@@ -131,6 +131,11 @@ def test_other_weights_compute_no_entries_where_they_come_last(
     assert bool(counts["reached"]) == (settings in WEIGHED_BEFORE)
 
 
+def test_a_matrix_that_has_no_room_is_not_made_as_a_whole(wide: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Pipeline, "unweighted", lambda self, block: pytest.fail("was made"))
+    bits(replace(inventory(wide, {"method": "ties", "space": "delta"}), kept=KeptResults(unweighted=20_000)))
+
+
 def test_what_does_not_change_is_not_computed_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     counts: Counter[str] = Counter()
     read, frame, unscaled = Adapter.read, Core.frame, Combiner._unscaled

@@ -40,7 +40,8 @@ class _Search(NamedTuple):
     tolerance: float
 
 
-TOGETHER_BELOW = 1 << 20  # matrices of so many entries are decomposed several at a time: one by one, calls cost as much
+TOGETHER_BELOW = 1 << 20  # entries of a matrix that is decomposed with others: alone, calls would cost as much as products
+TOGETHER = 4  # so many at a time
 _BLOCKS = 4  # of `rank` rows each, of such a one whose row space is known
 _AT_LARGE = _Search(16, 4, 0.1, 0.01)
 _HINTED = _Search(0, 0, 0.2, 0.004)  # from where the hint has the row space, more and narrower blocks find more in fewer rows

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 from plait.adapters.lowrank import LowRank
 from plait.deferred import Tensor, torch
 from plait.errors import PlaitError, PlanError
-from plait.linalg.blocks import TOGETHER_BELOW, RowBlocks
+from plait.linalg.blocks import TOGETHER, TOGETHER_BELOW, RowBlocks
 from plait.linalg.finite import all_finite
 from plait.linalg.keyed import Key
 from plait.merging import dora
@@ -36,7 +36,7 @@ from plait.stages.base import GramCombine, LinearCombine, Reduction, Survey
 
 T = TypeVar("T")
 R = TypeVar("R")
-_TOGETHER, _APART = 4, 32  # modules of one shape that are truncated at the same time, and how far apart they may be
+_APART = 32  # so far apart in the plan may modules be that are truncated at the same time
 
 
 @dataclass(frozen=True)
@@ -162,10 +162,10 @@ class Engine:
         groups: list[list[ModulePlan]] = []
         alike: dict[tuple[Any, ...], tuple[int, list[ModulePlan]]] = {}
         for place, module in enumerate(modules):
-            key = module.shape, module.stack, ranks[module.target], sum(module.ranks.values())
+            key = module.shape, module.stack, ranks[module.target]
             first, group = alike.get(key, (place, []))
             small = math.prod(module.shape) <= TOGETHER_BELOW
-            if not (group and is_dense and small and len(group) < _TOGETHER and place - first < _APART):
+            if not (group and is_dense and small and len(group) < TOGETHER and place - first < _APART):
                 first, group = place, []
                 groups.append(group)
             group.append(module)

@@ -10,7 +10,7 @@ from plait.errors import PlanError, collect, listed
 from plait.inspection.compatibility import activation_problems, excluded_spaces, replication_problems
 from plait.inspection.doubts import adapter_doubts
 from plait.inspection.shared_init import shared_init_pairs
-from plait.linalg.blocks import HOLD_ELEMENTS, MATRIX_BLOCK_ELEMENTS
+from plait.linalg.blocks import HOLD_ELEMENTS, MATRIX_BLOCK_ELEMENTS, TOGETHER, TOGETHER_BELOW
 from plait.merging.combine import pipeline_of
 from plait.merging.heads import head_problems, main_head_bytes
 from plait.merging.inventory import Inventory
@@ -331,8 +331,9 @@ def _peak_bytes(inventory: Inventory, pipeline: Pipeline, modules: Sequence[Modu
         values = m.stack * both * (2 * sum(m.ranks.values()) + 2 * (m.rank or 0))
         if not pipeline.low_rank(inventory.recipe.space_name):
             entries = m.shape[0] * m.shape[1]
-            sketch = 10 * both * min((m.rank or 0) + 16, min(m.shape))
-            values += min(entries, HOLD_ELEMENTS) + 3 * adapters * min(entries, MATRIX_BLOCK_ELEMENTS) + sketch
+            held = min(entries, HOLD_ELEMENTS) + 10 * both * min((m.rank or 0) + 16, min(m.shape))  # and a sketch
+            together = 2 * TOGETHER if entries <= TOGETHER_BELOW else 1
+            values += together * held + 3 * adapters * min(entries, MATRIX_BLOCK_ELEMENTS)
         elif not pipeline.is_linear:
             values += 4 * adapters * m.exact_rank * both
         if pipeline.needs_moments and inventory.moments is not None:
