@@ -305,7 +305,7 @@ def test_a_misspelled_parameter_of_any_method_is_refused(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "said"),
+    ("name", "text", "words"),
     [
         ("task.yaml", "name: langid\nkind: classification\ndata: {path: x.jsonl}\n", "a task's file"),
         (
@@ -324,11 +324,11 @@ def test_a_misspelled_parameter_of_any_method_is_refused(name):
         ("model.safetensors.index.json", '{"metadata": {}, "weight_map": {}}', "--base-id"),
     ],
 )
-def test_other_files_are_named_for_what_they_are(tmp_path, name, text, said) -> None:
+def test_other_files_are_named_for_what_they_are(tmp_path, name, text, words) -> None:
     place = tmp_path / name
     place.write_text(text, encoding="utf-8")
     with pytest.raises(RecipeError) as error:
         load_recipe(place)
-    assert str(error.value).startswith(f"{place}: this is no recipe, but ")
-    assert said in str(error.value)
+    assert str(error.value).startswith(f"{place}: this is not a recipe, but ")
+    assert words in str(error.value)
     assert "\n" not in str(error.value)

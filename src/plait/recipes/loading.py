@@ -140,7 +140,7 @@ def _resolve(document: YamlDocument, source: str, folder: Path | None, overrides
     if not isinstance(data, Mapping):
         raise RecipeError(f"{source}: a recipe is a mapping (key: value), not {show_value(data)}.")
     if other := other_file(data):
-        raise RecipeError(f"{source}: this is no recipe, but {other}")
+        raise RecipeError(f"{source}: this is not a recipe, but {other}")
     converted = convert(data, folder)
     origins = Origins(source, document.lines, converted.moved)
     if not converted.data:

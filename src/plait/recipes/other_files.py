@@ -1,4 +1,4 @@
-"""Files that are taken for a recipe and are none: what each is, and where it belongs."""
+"""Files that are taken for a recipe and are not one: what each is, and where it belongs."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _KINDS: tuple[tuple[frozenset[str], str], ...] = (
 
 
 def other_file(data: Mapping[str, Plain]) -> str | None:
-    """Return what data is that is no recipe, with advice; None where it may be one."""
+    """Return what data is that is not a recipe, with advice; None where it may be one."""
     if "adapters" in data and "kind" not in data and "source_tasks" not in data:
         return None
     return next((what for keys, what in _KINDS if keys <= data.keys()), None)
