@@ -6,6 +6,7 @@ Needs no Hub: the base model comes in a Python package, and so do pictures (READ
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,10 @@ from sklearn.preprocessing import StandardScaler
 from transformers import AutoModel
 from transformers.utils import logging
 
-import plait
 from plait.hub.pretrained import load_image_processor
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from recovery_table import print_recovery_table
 
 ADAPTERS = Path(__file__).parent / "adapters"
 #: Columns, with defaults: nothing was chosen on these pictures. The last method reads some of training, without their labels.
@@ -48,25 +51,9 @@ def main() -> None:
         for name, file in files.items():
             print(f"{name}: {_head_alone(base, file):.2f}")
     elif not options.prepare:
-        _compare(base, files, options.out)
+        shown = {"measure": "accuracy", "examples": "pictures"}
+        print_recovery_table(ADAPTERS, base, files, options.out, methods=METHODS, **shown)
         print(f"{time.perf_counter() - started:.0f} seconds, {time.process_time():.0f} of processor time")
-
-
-def _compare(base: Path, files: dict[str, Path], out: Path) -> None:
-    """Print accuracies and recoveries of all ways to merge; the last has learned from pictures without their labels."""
-    adapters = {folder.name: str(folder) for folder in sorted(ADAPTERS.iterdir())}
-    given = {"tasks": [files[name] for name in adapters], "base": base, "workspace": out, "batch_size": 64}
-    found = {f"`{method}`": plait.evaluate(adapters, **given, method=method) for method in METHODS}
-    tuned = plait.tune(
-        adapters, tasks=given["tasks"], base_model=str(base), tune={"split": "validation"}, out=out / "tuned", force=True
-    )
-    found["`plait tune`, rank 8"] = plait.evaluate(tuned.folder, **given)
-    print(f"\n| | base | own adapter | {' | '.join(found)} |\n|{'---|' * (3 + len(found))}")
-    for i, first in enumerate(next(iter(found.values())).tasks):
-        rates = [f"{first.base:.2f}", f"{first.single:.2f}", *(f"{one.tasks[i].merged:.2f}" for one in found.values())]
-        print(f"| {first.task}, accuracy ({first.examples} pictures) | {' | '.join(rates)} |")
-        print(f"| {first.task}, recovery | 0 | 1 | {' | '.join(_recovery(one.tasks[i]) for one in found.values())} |")
-    print(f"| mean recovery | 0 | 1 | {' | '.join(_mean(one) for one in found.values())} |\n")
 
 
 @torch.no_grad()
@@ -81,16 +68,6 @@ def _head_alone(base: Path, file: Path) -> float:
             labels.append(picture.parent.name)
     head = make_pipeline(StandardScaler(), LogisticRegression(C=0.01)).fit(*seen["train"])
     return float(head.score(*seen["test"]))
-
-
-def _recovery(task: plait.TaskResult) -> str:
-    low, high = task.recovery_interval
-    return f"{task.recovery:.2f} ({low:.2f} – {high:.2f})"
-
-
-def _mean(found: plait.Evaluation) -> str:
-    low, high = found.mean_interval
-    return f"{found.mean_recovery:.2f} ({low:.2f} – {high:.2f})"
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ Needs no Hub: the base model comes in a Python package, the sounds come with Deb
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from pathlib import Path
 
@@ -13,11 +14,12 @@ from base_model import PackageMissingError, base_model
 from sounds import tasks
 from transformers.utils import logging
 
-import plait
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from recovery_table import print_recovery_table
 
 ADAPTERS = Path(__file__).parent / "adapters"
-#: Column → what is merged how, with defaults: nothing was chosen on these sounds.
-METHODS = {"`linear`": {"method": "linear"}, "`ties`": {"method": "ties"}, "`dc_merge`": {"method": "dc_merge"}}
+#: Columns, with defaults: nothing was chosen on these sounds.
+METHODS = ("linear", "ties", "dc_merge")
 
 
 def main() -> None:
@@ -35,35 +37,9 @@ def main() -> None:
         raise SystemExit(str(error)) from None
     print(f"base: {base}\ntasks: {', '.join(map(str, files.values()))}")
     if not options.prepare:
-        _compare(base, files, options.out)
+        shown = {"measure": "errors per word", "examples": "prompts"}
+        print_recovery_table(ADAPTERS, base, files, options.out, methods=METHODS, **shown)
         print(f"{time.perf_counter() - started:.0f} seconds")
-
-
-def _compare(base: Path, files: dict[str, Path], out: Path) -> None:
-    """Print error rates and recoveries of all ways to merge; the last has learned from sounds without their transcripts."""
-    adapters = {folder.name: str(folder) for folder in sorted(ADAPTERS.iterdir())}
-    given = {"tasks": [files[name] for name in adapters], "base": base, "workspace": out, "batch_size": 64}
-    found = {column: plait.evaluate(adapters, **given, **method) for column, method in METHODS.items()}
-    tuned = plait.tune(
-        adapters, tasks=given["tasks"], base_model=str(base), tune={"split": "validation"}, out=out / "tuned", force=True
-    )
-    found["`plait tune`, rank 8"] = plait.evaluate(tuned.folder, **given)
-    print(f"\n| | base | own adapter | {' | '.join(found)} |\n|{'---|' * (3 + len(found))}")
-    for i, first in enumerate(next(iter(found.values())).tasks):
-        rates = [f"{first.base:.2f}", f"{first.single:.2f}", *(f"{one.tasks[i].merged:.2f}" for one in found.values())]
-        print(f"| {first.task}, errors per word ({first.examples} prompts) | {' | '.join(rates)} |")
-        print(f"| {first.task}, recovery | 0 | 1 | {' | '.join(_recovery(one.tasks[i]) for one in found.values())} |")
-    print(f"| mean recovery | 0 | 1 | {' | '.join(_mean(one) for one in found.values())} |\n")
-
-
-def _recovery(task: plait.TaskResult) -> str:
-    low, high = task.recovery_interval
-    return f"{task.recovery:.2f} ({low:.2f} – {high:.2f})"
-
-
-def _mean(found: plait.Evaluation) -> str:
-    low, high = found.mean_interval
-    return f"{found.mean_recovery:.2f} ({low:.2f} – {high:.2f})"
 
 
 if __name__ == "__main__":

@@ -302,33 +302,3 @@ def test_a_misspelled_parameter_of_any_method_is_refused(name):
         typo = parameter[:-1] + "qz"
         with pytest.raises(RecipeError, match=f"method.{typo}: '{typo}' is not known here; allowed: "):
             build_recipe({"adapters": ["./a", "./b"], "method": {"name": name, typo: 1}})
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "words"),
-    [
-        ("task.yaml", "name: langid\nkind: classification\ndata: {path: x.jsonl}\n", "a task's file"),
-        (
-            "plait.lock",
-            '{"version": 1, "recipe": {}, "inputs": {}, "outputs": {}, "adapters": {}, "kind": "merge"}',
-            "plait verify FOLDER",
-        ),
-        ("merge_metadata.json", '{"plait": "1", "recipe": {}, "sources": [], "merge_method": "linear"}', "its key `recipe`"),
-        (
-            "summary.json",
-            '{"method": "linear", "adapters": ["a"], "target_modules": 3, "source_tasks": []}',
-            "the summary of a merge",
-        ),
-        ("adapter_config.json", '{"peft_type": "LORA", "r": 8}', "the adapter's folder"),
-        ("config.json", '{"architectures": ["LlamaForCausalLM"], "model_type": "llama"}', "--base-id"),
-        ("model.safetensors.index.json", '{"metadata": {}, "weight_map": {}}', "--base-id"),
-    ],
-)
-def test_other_files_are_named_for_what_they_are(tmp_path, name, text, words) -> None:
-    place = tmp_path / name
-    place.write_text(text, encoding="utf-8")
-    with pytest.raises(RecipeError) as error:
-        load_recipe(place)
-    assert str(error.value).startswith(f"{place}: this is not a recipe, but ")
-    assert words in str(error.value)
-    assert "\n" not in str(error.value)

@@ -59,8 +59,11 @@ def test_a_full_disk_is_a_refusal(tmp_path, monkeypatch):
 
 def test_one_process_at_a_time_and_nothing_stays_of_one_that_saved_nothing(tmp_path):
     pytest.importorskip("fcntl")
-    with alone(tmp_path / "s"):
-        with pytest.raises(OutputError, match=r"is in use by process .*: this merge is being tuned"), alone(tmp_path / "s"):
+    with alone(tmp_path / "s", tmp_path / "out"):
+        with (
+            pytest.raises(OutputError, match=r"is in use by process .*: this merge is being tuned"),
+            alone(tmp_path / "s", tmp_path / "out"),
+        ):
             pass
         saved(tmp_path / "s")
         with pytest.warns(PlaitWarning, match="of another tuning"):
@@ -69,7 +72,19 @@ def test_one_process_at_a_time_and_nothing_stays_of_one_that_saved_nothing(tmp_p
     assert not (tmp_path / "s").exists()
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "s").symlink_to("elsewhere")
-    with pytest.raises(OutputError, match="s is a link"), alone(tmp_path / "s"):
+    with pytest.raises(OutputError, match="s is a link"), alone(tmp_path / "s", tmp_path / "out"):
+        pass
+
+
+def test_a_place_that_cannot_be_made_is_named_by_the_output_that_was_asked_for(tmp_path, monkeypatch):
+    def refuse(*args: object, **others: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with (
+        pytest.raises(OutputError, match=r"/out cannot be written: Read-only file system\. Choose another output\."),
+        alone(tmp_path / ".out.tuning", tmp_path / "out"),
+    ):
         pass
 
 

@@ -135,7 +135,7 @@ def open_journal(final: Path, *, force: bool) -> Iterator[BakeJournal]:
     folder = baking_folder(final)
     if problem or folder.is_symlink():
         raise OutputError(problem or f"{folder} is a link, and models are baked there. Delete it, or choose another output.")
-    with locked(folder / _LOCK, "this model is being baked"):
+    with locked(folder / _LOCK, "this model is being baked", out=final):
         journal = BakeJournal(folder, final)
         aside = folder / f"{_MODEL}.old"
         if aside.exists() and not final.exists():

@@ -200,7 +200,7 @@ def take_sequential_moments(
         for a in inventory.adapters
     }
     place = store / f".sequential-{key}"
-    with writing(store, store), locked(place / "lock", "these moments are being taken"):
+    with writing(store, store), locked(place / "lock", "these moments are being taken", out=store):
         for _ in merge_layer_by_layer(
             replace(inventory, recipe=recipe),
             mixture,
@@ -311,7 +311,7 @@ def _work(out: Path) -> Iterator[Path]:
     work = calibrating_folder(Path(os.path.abspath(out)))  # noqa: PTH100 (resolve() would follow links)
     if work.is_symlink():
         raise OutputError(f"{work} is a link, and moments are collected there. Delete it, or choose another output.")
-    with writing(out, work), locked(work / "lock", "these adapters are being calibrated"):
+    with writing(out, work), locked(work / "lock", "these adapters are being calibrated", out=out):
         place, aside = work / "moments", work / "moments.old"
         if aside.exists() and not out.exists():
             aside.rename(out)  # killed between the two renames of a replacement: the old result comes back

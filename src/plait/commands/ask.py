@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -28,7 +28,6 @@ from plait.hub.pretrained import LoadOptions
 from plait.inspection.doubts import adapter_doubts
 from plait.merging.inventory import naming_base, take_inventory
 from plait.mixture.loading import check_loading
-from plait.recipes.request import is_recipe_file
 from plait.results.progress import Progress, SilentProgress
 
 
@@ -56,16 +55,15 @@ class AskOrder:
     load: LoadOptions = field(default_factory=LoadOptions)
     workers: int | None = None
 
-    @cached_property
+    @property
     def saved(self) -> str | None:
         """The reference of the one adapter or model that replies as it is; None for a merge."""
-        source = self.request.source
-        return str(source) if isinstance(source, (str, Path)) and not is_recipe_file(source) else None
+        return self.request.saved
 
     @cached_property
     def merge_request(self) -> Request:
-        """The request of a merge in memory, with the base that it is put on: DoRA, and adapters of several names, need it."""
-        return replace(self.request, base=self.load.base)
+        """The request of a merge in memory."""
+        return self.request.on(self.load.base)
 
     def check(self) -> None:
         """Refuse what does not go together, prompts that cannot be read, and recipes that are not valid.

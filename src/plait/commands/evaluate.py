@@ -23,7 +23,7 @@ from plait.merging.pipeline import run_recipe
 from plait.mixture.loading import check_loading
 from plait.notices import announce
 from plait.recipes.evaluation import EvalSpec
-from plait.recipes.request import check_one_base, is_recipe_file
+from plait.recipes.request import check_one_base
 from plait.recipes.schema import Recipe
 from plait.results.disk import check_not_an_input
 from plait.results.progress import Progress
@@ -85,16 +85,15 @@ class EvaluateOrder:
     card: bool = False
     options: EvaluateOptions = field(default_factory=EvaluateOptions)
 
-    @cached_property
+    @property
     def saved(self) -> str | None:
         """The reference of the one adapter or model that is evaluated as it is; None for a merge."""
-        source = self.request.source
-        return str(source) if isinstance(source, (str, Path)) and not is_recipe_file(source) else None
+        return self.request.saved
 
     @cached_property
     def merge_request(self) -> Request:
-        """The request of a merge in memory, with the base that it is put on: DoRA, and adapters of several names, need it."""
-        return replace(self.request, base=self.options.load.base)
+        """The request of a merge in memory."""
+        return self.request.on(self.options.load.base)
 
     @cached_property
     def bounds(self) -> tuple[Requirement, ...]:

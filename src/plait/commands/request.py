@@ -42,6 +42,15 @@ class Request:
     method: str = "linear"
     mixed: bool = True
 
+    @property
+    def saved(self) -> str | None:
+        """The reference of one adapter or model that is taken as it is, for commands that take one; None for a merge."""
+        return str(self.source) if isinstance(self.source, (str, Path)) and not is_recipe_file(self.source) else None
+
+    def on(self, base: str | Path | None) -> Request:
+        """Return the request of a merge in memory, with the base that it is put on, for DoRA and adapters of several names."""
+        return replace(self, base=base)
+
     @cached_property
     def given(self) -> dict[str, Any]:
         """The settings that are given, with files of moments and the base among them.

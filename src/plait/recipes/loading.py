@@ -15,9 +15,9 @@ from plait.folders import expanded
 from plait.notices import frames_within
 from plait.parsing import read_text, shown, text_problem
 from plait.recipes.documents import YamlDocument, open_document, read_document
+from plait.recipes.file_kinds import refuse_other_kind
 from plait.recipes.importers.entries import named_entry
 from plait.recipes.importers.forms import RECIPE_FORMS, convert, recipe_form
-from plait.recipes.other_files import other_file
 from plait.recipes.overrides import Overrides, set_values
 from plait.recipes.paths import KeyPath, Plain
 from plait.recipes.problems import Origins, Problem, show_value
@@ -139,8 +139,7 @@ def _resolve(document: YamlDocument, source: str, folder: Path | None, overrides
         raise RecipeError(f"{source}: there is nothing in it. A recipe needs at least 'adapters'.")
     if not isinstance(data, Mapping):
         raise RecipeError(f"{source}: a recipe is a mapping (key: value), not {show_value(data)}.")
-    if other := other_file(data):
-        raise RecipeError(f"{source}: this is not a recipe, but {other}")
+    refuse_other_kind(data, "a recipe", source)
     converted = convert(data, folder)
     origins = Origins(source, document.lines, converted.moved)
     if not converted.data:

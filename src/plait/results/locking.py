@@ -24,12 +24,13 @@ _PAUSE = 0.1  # seconds between tries
 
 
 @contextmanager
-def locked(file: Path, work: str, *, patience: float = 0.0) -> Iterator[int | None]:
+def locked(file: Path, work: str, *, out: Path | None = None, patience: float = 0.0) -> Iterator[int | None]:
     """Hold a folder, made when missing, while the block runs.
 
     Args:
         file: of the lock, in that folder. It is left there; the block may remove it, and the folder.
         work: what is done in the folder, for the message that another process gets.
+        out: the output that is made there, for the message where the folder cannot be written; the folder when None.
         patience: seconds to wait while another process holds it.
 
     Yields:
@@ -44,7 +45,9 @@ def locked(file: Path, work: str, *, patience: float = 0.0) -> Iterator[int | No
     except OSError as error:
         if isinstance(error, OutputError):
             raise
-        raise OutputError(f"{file.parent} cannot be written: {error.strerror or error}.") from None
+        raise OutputError(
+            f"{out or file.parent} cannot be written: {error.strerror or error}. Choose another output."
+        ) from None
     if handle is None:
         yield None
         return

@@ -10,6 +10,7 @@ from pathlib import Path
 from plait.errors import PlaitError, TaskError, collect, did_you_mean, join_words
 from plait.folders import expanded, one_file
 from plait.recipes.documents import YamlDocument, open_document
+from plait.recipes.file_kinds import refuse_other_kind
 from plait.recipes.paths import Plain, get_item
 from plait.recipes.problems import Origins, Problem, show_value
 from plait.recipes.schema import Recipe
@@ -109,6 +110,7 @@ def build_task(document: YamlDocument, *, source: str = "task", folder: Path | N
             f"{source}: a task is a mapping (key: value) with at least 'name' and 'prompt'; to be evaluated on, it "
             "needs 'kind', 'data', 'splits' and 'target' too."
         )
+    refuse_other_kind(data, "a task", source, TaskError)
     without_rows = ("prompt" in data or "messages" in data) and data.keys().isdisjoint({"data", "splits", "choices"})
     if "kind" not in data and without_rows:  # nothing but a prompt and, perhaps, labels: its kind is plain then
         data = {**data, "kind": "classification" if "labels" in data else "generation"}

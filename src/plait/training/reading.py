@@ -16,6 +16,7 @@ from plait.hub.references import parse_reference
 from plait.hub.task_adapters import ADAPTER, PHASES
 from plait.methods import METHODS
 from plait.recipes.documents import YamlDocument, open_document
+from plait.recipes.file_kinds import refuse_other_kind
 from plait.recipes.loading import plain_data
 from plait.recipes.overrides import parse_override, set_values
 from plait.recipes.paths import Plain, get_item
@@ -71,6 +72,7 @@ def read_phases(
         document, name, folder = open_document(file, source=str(source)), str(source), file.absolute().parent
     if not isinstance(document.data, Mapping) or not document.data:
         raise RecipeError(f"{name}: phases are a mapping (key: value) with at least 'base_model' and 'phases'.")
+    refuse_other_kind(document.data, "a file of phases", name)
     overrides = [(key, plain_data(value, "the phases")) for key, value in (settings or {}).items()]
     if base:  # a local path starts here; in the file, relative ones start at its folder
         reference = parse_reference(base, allow_bare=True)

@@ -136,7 +136,7 @@ def run_tune(
     require("plait tune", {"eval": ["transformers", "accelerate", "jinja2"]})
     if problem := output_problem(out, force=force):
         raise OutputError(problem)
-    with alone(tuning_folder(out)):
+    with alone(tuning_folder(out), out):
         return _run(recipe, folder, out, options or TuneOptions(), progress or SilentProgress(), force=force)
 
 

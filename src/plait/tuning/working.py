@@ -26,15 +26,19 @@ _KEY, _LOCK = "tuning", "lock"
 
 
 @contextmanager
-def alone(folder: Path) -> Iterator[None]:
+def alone(folder: Path, out: Path) -> Iterator[None]:
     """Hold the folder of a tuning's state, so that no other process works there; where nothing was saved it goes again.
+
+    Args:
+        folder: of the state.
+        out: what is tuned, for messages.
 
     Raises:
         OutputError: another process works there, it cannot be written, or it is a link.
     """
     if folder.is_symlink():
         raise OutputError(f"{folder} is a link, and a tuning's state is kept there. Delete it, or choose another output.")
-    with locked(folder / _LOCK, "this merge is being tuned"):
+    with locked(folder / _LOCK, "this merge is being tuned", out=out):
         try:
             yield
         except BaseException as error:
