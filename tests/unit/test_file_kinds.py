@@ -1,4 +1,4 @@
-"""Files that are given as what they are not: each is called what it is, and it is said what takes it."""
+"""Files that are given as what they are not: the message names what they are, and what takes them."""
 
 from __future__ import annotations
 
@@ -67,13 +67,13 @@ def test_a_file_that_is_no_recipe(files, name, tmp_path, capsys):
         assert capsys.readouterr().err.strip().endswith(str(caught.value))
 
 
-@pytest.mark.parametrize("name", [*KINDS.keys() - {"task"}, "recipe", "mergekit.yaml"])
+@pytest.mark.parametrize("name", [*sorted(KINDS.keys() - {"task"}), "recipe", "mergekit.yaml"])
 def test_a_file_that_is_no_task(files, name):
     with pytest.raises(PlaitError, match=f" {KINDS.get(name, 'is a recipe, not ')}a task"):
         load_task(files[name])
 
 
-@pytest.mark.parametrize("name", [*KINDS.keys() - {"phases"}, "recipe", "mergekit.yaml"])
+@pytest.mark.parametrize("name", [*sorted(KINDS.keys() - {"phases"}), "recipe", "mergekit.yaml"])
 def test_a_file_that_holds_no_phases(files, name, tmp_path):
     with pytest.raises(PlaitError, match=f" {KINDS.get(name, 'is a recipe, not ')}a file of phases"):
         read_phases(files[name], out=tmp_path)

@@ -22,7 +22,7 @@ _TOP = tuple(name for name in Recipe.model_fields if name not in ("method", "wei
 
 _PARTS = ("eval", "calibration", "tune", "search")  # whose keys are set one by one
 
-_FILES = (".yaml", ".yml", ".json", ".lock")  # plait.lock is no recipe, which is said when it is read
+_FILES = (".yaml", ".yml", ".json", ".lock")  # plait.lock is not a recipe: reading it refuses it
 
 Adapters = Sequence[str | Path] | Mapping[str, str | Path]
 
