@@ -17,7 +17,6 @@ import pytest
 from safetensors import SafetensorError
 
 from plait.errors import OutputError
-from plait.evaluation.scores import ScoreCache
 from plait.evaluation.workspace import check_workspace
 from plait.reports.figures import write_figures
 from plait.reports.pipeline import page_problem
@@ -382,15 +381,6 @@ def test_scratch_of_the_dead_goes_and_of_the_living_stays(tmp_path, monkeypatch)
     assert (tmp_path / held).exists()
     with scratch("push") as place:
         assert {p.name for p in tmp_path.iterdir()} == {place.name, "plait-push-theirs"}
-
-
-def test_answers_that_could_not_be_kept_are_not_asked_for(tmp_path, monkeypatch):
-    def refuse(*args: object, **others: object) -> None:
-        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
-
-    monkeypatch.setattr(Path, "mkdir", refuse)
-    with pytest.raises(OutputError, match=r"scores cannot be written: Read-only file system\. Give another --workspace"):
-        ScoreCache(tmp_path / "work" / ".scores")
 
 
 def _workspace(place: Path) -> str:

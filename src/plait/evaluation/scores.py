@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 
 from plait.adapters import Adapter
-from plait.errors import OutputError, TaskError
+from plait.errors import TaskError
 from plait.notices import announce
 from plait.parsing import read_text
 from plait.records import Record
@@ -55,20 +55,11 @@ class ScoreCache:
     """A folder of `Answers`, one file per key.
 
     Args:
-        folder: where, made when missing, so that nothing is asked whose answer cannot be kept; None keeps nothing.
-
-    Raises:
-        OutputError: the folder cannot be made.
+        folder: where; None keeps nothing.
     """
 
     def __init__(self, folder: Path | None) -> None:
         self._folder = folder
-        try:
-            if folder is not None:
-                folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            why = error.strerror or error
-            raise OutputError(f"{folder} cannot be written: {why}. Give another --workspace (workspace=).") from None
 
     def find(self, key: str, count: int) -> Answers | None:
         """Return what was kept, where it is complete: answers to so many examples."""
