@@ -83,6 +83,7 @@ def test_a_base_that_an_adapter_names(capsys, command, place):
     recipe(base_model=None)
     message = refused(capsys, command, "many.yaml")
     assert f"error: {place / 'sort' / 'adapter_config.json'}: base_model_name_or_path: './nobase'" in message
+    assert message.count("--base-id") == 1  # where else it may be
 
 
 @pytest.mark.parametrize("command", READING)

@@ -111,6 +111,8 @@ def naming_base(recipe: Recipe | None, adapters: Sequence[Adapter], *, given: ob
                 raise
         if owner := next((a for a in adapters if a.config.base_model), None):
             error.args = (f"{owner.folder / ADAPTER_CONFIG}: base_model_name_or_path: {error}",)
+            if not getattr(error, "__notes__", ()):  # a bake says whose base it is
+                error.add_note("--base-id (base=, or base_model in a recipe) names another place.")
         raise
 
 
