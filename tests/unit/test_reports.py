@@ -16,7 +16,7 @@ from plait.errors import OutputError
 from plait.evaluation.record import SingleAdapter
 from plait.evaluation.workspace import write_evaluation
 from plait.merging.record import RunRecord
-from plait.reports.charts import energy_map, recovery_bars, show_interval, show_share, task_recoveries
+from plait.reports.charts import _confusion_map, energy_map, recovery_bars, show_interval, show_share, task_recoveries
 from plait.reports.colors import css, diverging, text_color
 from plait.reports.page import render
 from plait.reports.reading import Report
@@ -38,6 +38,13 @@ _PROBE = """<script>addEventListener("load", () => {
     };
   }));
 });</script>"""
+
+
+def test_a_label_that_was_never_given_is_not_colored():
+    """A pale color is the brightest there is on a dark page."""
+    cells = dict(_confusion_map("t", ("a", "b"), ((3, 1), (0, 0))).rows)
+    assert [cell.background for cell in cells["a"]] == [css(diverging(0.75)), css(diverging(-0.25))]
+    assert [(cell.text, cell.background, cell.ink) for cell in cells["b"]] == 2 * [("0", "transparent", "inherit")]
 
 
 def test_the_page_stands_alone_and_says_what_the_numbers_say():

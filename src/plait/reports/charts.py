@@ -192,7 +192,7 @@ def confusion_maps(found: Evaluation) -> tuple[HeatMap, ...]:
 
 def _confusion_map(title: str, labels: tuple[str, ...], counts: Sequence[Sequence[int]]) -> HeatMap:
     rows = [
-        (name, tuple(_cell(str(n), diverging((1 if i == j else -1) * n / max(sum(row), 1))) for j, n in enumerate(row)))
+        (name, tuple(_cell(str(n), diverging((1 if i == j else -1) * n / sum(row)) if n else None) for j, n in enumerate(row)))
         for i, (name, row) in enumerate(zip(labels, counts, strict=True))
     ]
     return HeatMap(
