@@ -79,8 +79,16 @@ def test_a_file_that_holds_no_phases(files, name, tmp_path):
         read_phases(files[name], out=tmp_path)
 
 
+def is_refused_as_recipe(content: dict[str, int]) -> bool:
+    try:
+        refuse_other_kind(content, "a recipe", "recipe")
+    except PlaitError:
+        return True
+    return False
+
+
 def test_no_key_of_a_recipe_is_of_another_kind():
     """However many keys a recipe has, and whether or not it has adapters yet."""
-    refuse_other_kind(dict.fromkeys(Recipe.model_fields, 1), "a recipe", "recipe")
-    for key in Recipe.model_fields:
-        refuse_other_kind({key: 1}, "a recipe", "recipe")
+    contents = [dict.fromkeys(Recipe.model_fields, 1), *({key: 1} for key in Recipe.model_fields)]
+    assert [content for content in contents if is_refused_as_recipe(content)] == []
+    assert is_refused_as_recipe({"prompt": 1}), "what a task has"

@@ -132,8 +132,15 @@ def test_other_weights_compute_no_entries_where_they_come_last(
 
 
 def test_a_matrix_that_has_no_room_is_not_made_as_a_whole(wide: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Pipeline, "unweighted", lambda self, block: pytest.fail("was made"))
-    bits(replace(inventory(wide, {"method": "ties", "space": "delta"}), kept=KeptResults(unweighted=20_000)))
+    counts: Counter[str] = Counter()
+    unweighted = Pipeline.unweighted
+    monkeypatch.setattr(Pipeline, "unweighted", lambda self, *given: (counts.update(["made"]), unweighted(self, *given))[1])
+    plain = inventory(wide, {"method": "ties", "space": "delta"})
+    expected = bits(plain)
+    assert bits(replace(plain, kept=KeptResults(unweighted=20_000))) == expected
+    assert counts["made"] == 0
+    assert bits(replace(plain, kept=KeptResults(unweighted=1 << 20))) == expected
+    assert counts["made"] > 0, "where there is room"
 
 
 def test_what_does_not_change_is_not_computed_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -166,8 +166,13 @@ def test_other_layouts_next_to_linear_ones(tmp_path, monkeypatch) -> None:
 def test_what_is_no_such_sum_is_merged_by_the_engine(tmp_path, monkeypatch, settings) -> None:
     q, _, _ = MODULES
     adapters = {n: save(tmp_path / n, factors({q: 4}, seed)) for seed, n in enumerate("ab")}
-    monkeypatch.setattr(SideBySide, "__init__", lambda *given, **named: pytest.fail("was asked"))
+    asked = list[str]()
+    write = SideBySide.write
+    monkeypatch.setattr(SideBySide, "write", lambda self, *given: (asked.append("numpy"), write(self, *given))[1])
     plait.merge(adapters, out=tmp_path / "out", **settings)
+    assert any((tmp_path / "out").glob("*.safetensors")) and not asked
+    plait.merge(adapters, out=tmp_path / "sum")
+    assert asked == ["numpy"], "a sum without these settings"
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

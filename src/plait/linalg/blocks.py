@@ -263,7 +263,6 @@ def _svds_together(matrices: Sequence[RowBlocks], rank: int, keys: Sequence[Key]
     for matrix, place in zip(matrices, dense, strict=True):
         for start, block in matrix:
             place[start : start + len(block)] = block
-        matrix.release()
     most = min(m, n, width + (_BLOCKS - 1) * rank)
     q, z = dense.new_empty(count, most, m), dense.new_empty(count, most, n)
     wide, gram = z.new_empty(z.shape, dtype=torch.float64), z.new_empty(count, most, most, dtype=torch.float64)

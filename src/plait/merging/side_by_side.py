@@ -103,7 +103,7 @@ class SideBySide:
             return record, adapter.arrays(module.target, a, b)
 
         def tensors() -> Iterator[dict[str, Any]]:
-            # one thread, which is done before the inputs are hashed; more would only hold more in memory
+            # one thread: a second saves no time, and holds another module
             with ThreadPoolExecutor(1, "plait-work") as pool:
                 for record, found in ahead("merge", one, self._plan.modules, pool, 2, self._progress):
                     done.append(record)
