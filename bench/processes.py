@@ -50,10 +50,13 @@ def peak_of(module: str, *arguments: str) -> int:
 
 
 def _environment() -> dict[str, str]:
-    """Find plait in this checkout when it is not installed, and keep everything else off the network and quiet."""
+    """Find plait in this checkout when it is not installed, and keep everything else off the network and quiet.
+
+    Python keeps what it has compiled, as where packages are installed.
+    """
     path = os.pathsep.join(p for p in (os.environ.get("PYTHONPATH", ""), str(HERE.parent / "src")) if p)
     return {
-        **os.environ,
+        **{name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"},
         "PYTHONPATH": path,
         "HF_HUB_OFFLINE": "1",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",

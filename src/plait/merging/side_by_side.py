@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     Floats = NDArray[np.float32]
 
 _LOOKED_AT = 8  # rows that show of most columns that they are normal
+_ROUNDED = 1 << 16  # entries that are rounded at a time, in the processor's cache
 
 
 class _Limits(NamedTuple):
@@ -197,15 +198,19 @@ def _read(adapter: Adapter, name: str) -> _Matrix | None:
 
 
 def _stored(x: Floats, dtype: str) -> NDArray[Any]:
-    """Return x in a dtype in which nothing of it overflows, bfloat16 as its bits in uint16; it may be changed."""
+    """Return x in a dtype in which nothing of it overflows, bfloat16 as its bits in uint16."""
     if dtype == "float32":
         return x
     if dtype == "float16":
         return x.astype(np.float16)
-    wide = x.view(np.uint32)
-    odd = wide >> np.uint32(16)  # to nearest, ties to even
-    odd &= np.uint32(1)
-    odd += np.uint32(0x7FFF)
-    wide += odd
-    wide >>= np.uint32(16)
-    return wide.astype(np.uint16)
+    stored = np.empty(x.shape, dtype=np.uint16)
+    bits, halves = x.reshape(-1).view(np.uint32), stored.reshape(-1)
+    for start in range(0, bits.size, _ROUNDED):
+        wide = bits[start : start + _ROUNDED]
+        rounded = wide >> np.uint32(16)  # to nearest, ties to even
+        rounded &= np.uint32(1)
+        rounded += np.uint32(0x7FFF)
+        rounded += wide
+        rounded >>= np.uint32(16)
+        halves[start : start + _ROUNDED] = rounded
+    return stored
