@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from plait.adapters.lowrank import LowRank
 from plait.inspection import geometry
 from plait.linalg.bits import different, packed, shared
+from plait.linalg.scratch import Scratch
 
 VALUES = np.array([0.0, -0.0, 1.0, -1.0, 2.5, -1e-3, math.nan, math.inf, -math.inf], dtype=np.float32)
 WIDTHS = st.sampled_from([1, 7, 8, 63, 64, 65, 130])
@@ -39,7 +40,7 @@ def test_signs_are_those_of_every_entry(count, m, n, tile, kinds, seed) -> None:
     sign = torch.sign(dense).double()
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(geometry, "TILE_ELEMENTS", tile)
-        signs, magnitude, nonzero = geometry._Blocks().sums(parts)
+        signs, magnitude, nonzero = geometry._entry_sums(parts, Scratch())
     assert torch.equal(signs, sign @ sign.mT)
     assert torch.equal(nonzero, sign.abs() @ sign.abs().mT)
     expected = dense.abs().double() @ dense.abs().double().mT

@@ -26,9 +26,9 @@ from plait.linalg.scratch import Scratch
 from plait.results.threads import one_thread_each
 
 SymmetricMatrix = tuple[tuple[float | None, ...], ...]  # (T, T); None where a value is not defined
-TILE_ELEMENTS = 1 << 16  # entries of one delta that are in memory at a time
+TILE_ELEMENTS = 1 << 17  # entries of one delta that are in memory at a time
 TILES_ELEMENTS = 1 << 21  # and of all deltas
-_TILE_ROWS = 512
+_TILE_ROWS = 1024
 _SUMMED = 1 << 13  # entries that are summed in the deltas' own dtype, before float64
 _NULL = 1e-5  # directions of a factor below this share of its largest singular value are round-off
 
@@ -103,26 +103,28 @@ class ModuleMeasures(NamedTuple):
 def measure_all(adapters: Sequence[Adapter], paths: Sequence[str], workers: int) -> Iterator[ModuleMeasures]:
     """Yield the measures of the modules, in their order. In every worker torch keeps to one thread: the tensors are small."""
     dtype = torch.float64 if any("F64" in a.dtypes for a in adapters) else torch.float32
-    blocks = _Blocks()
+    scratch = Scratch()
     with one_thread_each(workers) as pool:
-        yield from pool.map(lambda path: _measure(adapters, path, dtype, blocks), paths)
+        yield from pool.map(lambda path: _measure(adapters, path, dtype, scratch), paths)
 
 
 def row_overlaps(adapters: Sequence[Adapter], path: str) -> list[RowSpaceOverlap]:
     """Return the overlap of the row spaces of A in one module, pair by pair; only adapters that have it."""
     present = [t for t, adapter in enumerate(adapters) if path in adapter.targets]
     stacks = [adapters[t].read(path, torch.float64) for t in present]
-    return [found for parts in zip(*stacks, strict=True) for found in _Gram("a", [p.a for p in parts]).overlaps(present)]
+    return [
+        found for parts in zip(*stacks, strict=True) for found in _Gram("a", [p.a for p in parts], Scratch()).overlaps(present)
+    ]
 
 
-def _measure(adapters: Sequence[Adapter], path: str, dtype: torch.dtype, blocks: _Blocks) -> ModuleMeasures:
+def _measure(adapters: Sequence[Adapter], path: str, dtype: torch.dtype, scratch: Scratch) -> ModuleMeasures:
     targets = {t: a.targets[path] for t, a in enumerate(adapters) if path in a.targets}
     raw = {t: adapters[t].read(path, dtype) for t in targets}
     if any(float32_limit(raw[t], target.scaling) is not None for t, target in targets.items()):
         raw = {t: adapters[t].read(path, torch.float64) for t in targets}
     stacks = {t: [d.scaled(target.scaling) for d in raw[t]] for t, target in targets.items()}
     if len({target.layout for target in targets.values()}) > 1:
-        alone = {t: [power for delta in stack for power in _Grams([delta]).powers()] for t, stack in stacks.items()}
+        alone = {t: [power for delta in stack for power in _Grams([delta], scratch).powers()] for t, stack in stacks.items()}
         return ModuleMeasures(path, alone, None, [])
     present = list(stacks)
     grid = torch.meshgrid(torch.tensor(present), torch.tensor(present), indexing="ij")
@@ -130,12 +132,12 @@ def _measure(adapters: Sequence[Adapter], path: str, dtype: torch.dtype, blocks:
     sums = EntrySums(len(adapters))
     overlaps: list[RowSpaceOverlap] = []
     for parts in zip(*stacks.values(), strict=True):
-        grams = _Grams(parts)
+        grams = _Grams(parts, scratch)
         for t, power in zip(present, grams.powers(), strict=True):
             powers[t].append(power)
         sums.inner[grid] += grams.inner()
         if len(parts) > 1:
-            signs, magnitude, nonzero = blocks.sums(parts)
+            signs, magnitude, nonzero = _entry_sums(parts, scratch)
             sums.signs[grid] += signs
             sums.magnitude[grid] += magnitude
             sums.nonzero[grid] += nonzero
@@ -149,11 +151,12 @@ class _Gram:
     Args:
         name: `a` or `b`.
         factors: of every delta, (r, n): A or Bᵀ.
+        scratch: has memory for the factors.
     """
 
-    def __init__(self, name: str, factors: Sequence[Tensor]) -> None:
+    def __init__(self, name: str, factors: Sequence[Tensor], scratch: Scratch) -> None:
         ends = [0, *accumulate(len(f) for f in factors)]
-        joined = torch.empty(ends[-1], factors[0].shape[1], dtype=torch.float64)
+        joined = scratch.take("factors", torch.float64, ends[-1], factors[0].shape[1])
         for factor, rows in zip(factors, torch.split(joined, [len(f) for f in factors]), strict=True):
             rows.copy_(factor)
         self._name, self._dim = name, joined.shape[1]
@@ -189,9 +192,9 @@ class _Gram:
 class _Grams:
     """The Gram matrices of several deltas of one shape: A Aᵀ and Bᵀ B of all factors joined."""
 
-    def __init__(self, parts: Sequence[LowRank]) -> None:
-        self.a = _Gram("a", [p.a for p in parts])
-        self.b = _Gram("b", [p.b.mT for p in parts])
+    def __init__(self, parts: Sequence[LowRank], scratch: Scratch) -> None:
+        self.a = _Gram("a", [p.a for p in parts], scratch)
+        self.b = _Gram("b", [p.b.mT for p in parts], scratch)
 
     def inner(self) -> Tensor:
         """Return ⟨ΔW_i, ΔW_j⟩, (T, T)."""
@@ -221,37 +224,36 @@ def _whitener(values: Tensor, vectors: Tensor) -> Tensor:
     return whitener
 
 
-class _Blocks:
-    """Passes over the entries of deltas in tiles."""
+def _entry_sums(parts: Sequence[LowRank], scratch: Scratch) -> tuple[Tensor, Tensor, Tensor]:
+    """Return ⟨sign x, sign y⟩, ⟨|x|, |y|⟩ and the number of entries non-zero in both, each (T, T), float64.
 
-    def __init__(self) -> None:
-        self._scratch = Scratch()
-
-    def sums(self, parts: Sequence[LowRank]) -> tuple[Tensor, Tensor, Tensor]:
-        """Return ⟨sign x, sign y⟩, ⟨|x|, |y|⟩ and the number of entries non-zero in both, each (T, T), float64.
-
-        Signs are counted as bits: a pair of deltas costs one exclusive or per 64 entries. A NaN counts as zero.
-        """
-        count, (m, n) = len(parts), parts[0].shape
-        opposed, nonzero = (np.zeros((count, count), dtype=np.int64) for _ in range(2))
-        magnitude = torch.zeros(count, count, dtype=torch.float64)
-        for rows, columns in _tiles(m, n, count):
-            x = self._scratch.take("tiles", parts[0].a.dtype, count, rows.stop - rows.start, columns.stop - columns.start)
-            for t, part in enumerate(parts):
-                torch.mm(part.b[rows], part.a[:, columns], out=x[t])
-            x = x.flatten(1)
-            negative = packed(np.less(x.numpy(), 0))
-            smallest = x.abs_().amin()
-            for piece in torch.split(x, _SUMMED, dim=1):
-                magnitude += piece @ piece.mT
-            if smallest > 0:
-                nonzero += x.shape[1]
-                opposed += different(negative)
-            else:
-                present = packed(np.greater(x.numpy(), 0))
-                nonzero += shared(present)
-                opposed += different(negative, present)
-        return torch.from_numpy(nonzero - 2 * opposed).double(), magnitude, torch.from_numpy(nonzero).double()
+    The entries pass by in tiles. Signs are counted as bits: a pair of deltas costs one exclusive or per 64 entries. A NaN
+    counts as zero.
+    """
+    count, (m, n) = len(parts), parts[0].shape
+    opposed, nonzero = (np.zeros((count, count), dtype=np.int64) for _ in range(2))
+    magnitude = torch.zeros(count, count, dtype=torch.float64)
+    for rows, columns in _tiles(m, n, count):
+        size = (rows.stop - rows.start) * (columns.stop - columns.start)
+        x = scratch.take("tiles", parts[0].a.dtype, count, size)
+        flags, values = scratch.take("flags", torch.bool, count, size).numpy(), x.numpy()
+        smallest = np.empty(count)
+        for t, part in enumerate(parts):  # one after another, while its entries are in the processor's cache
+            torch.mm(part.b[rows], part.a[:, columns], out=x[t].view(rows.stop - rows.start, -1))
+            np.less(values[t], 0, out=flags[t])
+            np.abs(values[t], out=values[t])
+            smallest[t] = values[t].min()  # NaN where an entry is
+        negative = packed(flags)
+        for piece in torch.split(x, _SUMMED, dim=1):
+            magnitude += piece @ piece.mT
+        if smallest.min() > 0:
+            nonzero += size
+            opposed += different(negative)
+        else:
+            present = packed(np.greater(values, 0, out=flags))
+            nonzero += shared(present)
+            opposed += different(negative, present)
+    return torch.from_numpy(nonzero - 2 * opposed).double(), magnitude, torch.from_numpy(nonzero).double()
 
 
 def _tiles(m: int, n: int, count: int) -> Iterator[tuple[slice, slice]]:
