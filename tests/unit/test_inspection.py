@@ -320,6 +320,11 @@ class TestNames:
         one, two = self.layers("model.") | both, self.layers("model.language_model.") | both
         assert self.pair(tmp_path, one, two) == []
 
+    def test_equal_names_are_no_drift(self, tmp_path):
+        """Whatever words they differ by within one adapter."""
+        names = {f"layers.0.self_attn.{n}": (8, 8) for n in ("q_proj", "module.q_proj", "qkv_proj")}
+        assert self.pair(tmp_path, names, names) == []
+
     def test_a_shared_head_hides_no_drift(self, tmp_path):
         one, two = (self.layers(begun) | {"lm_head": (8, 8)} for begun in ("model.", "transformer."))
         (problem,) = self.pair(tmp_path, one, two)

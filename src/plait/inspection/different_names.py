@@ -74,6 +74,8 @@ def naming_problems(adapters: Sequence[Adapter]) -> list[str]:
     """
     problems = []
     for one, two in combinations(adapters, 2):
+        if one.targets.keys() == two.targets.keys():
+            continue
         begun = _different_beginnings(one, two)
         if begun is not None:
             problems.append(

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import math
 import statistics
+from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from functools import cached_property
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from typing import NamedTuple
 
 from plait.adapters.adapter import Adapter
@@ -30,6 +31,8 @@ TILE_ELEMENTS = 1 << 17  # entries of one delta that are in memory at a time
 TILES_ELEMENTS = 1 << 21  # and of all deltas
 _TILE_ROWS = 1024
 _SUMMED = 1 << 13  # entries that are summed in the deltas' own dtype, before float64
+_APART = 1040  # entries between tiles: what is a power of two apart competes for the same places of the cache
+_PRODUCT_ROWS = 128  # of factors that are multiplied at once: fewer take longer, more compute a part of the lower triangle
 _NULL = 1e-5  # directions of a factor below this share of its largest singular value are round-off
 
 
@@ -160,17 +163,27 @@ class _Gram:
         for factor, rows in zip(factors, torch.split(joined, [len(f) for f in factors]), strict=True):
             rows.copy_(factor)
         self._name, self._dim = name, joined.shape[1]
-        self._ends = ends
-        self.rows = [joined[start:stop] @ joined[start:].mT for start, stop in pairwise(ends)]  # (rᵢ, Σ rⱼ of j ≥ i)
+        self._ends, self.count = ends, len(factors)
+        starts = [0]  # of products, in rows
+        for end in ends[:-1]:
+            if end - starts[-1] >= _PRODUCT_ROWS:
+                starts.append(end)
+        self._starts = starts
+        products = zip(starts, [*starts[1:], ends[-1]], strict=True)
+        self._products = [joined[start:stop] @ joined[start:].mT for start, stop in products]
 
     def block(self, i: int, j: int) -> Tensor:
         """Return Fᵢ Fⱼᵀ, (rᵢ, rⱼ), for i ≤ j."""
-        return self.rows[i][:, self._ends[j] - self._ends[i] : self._ends[j + 1] - self._ends[i]]
+        at = bisect_right(self._starts, self._ends[i]) - 1
+        (top, bottom), (left, right) = (
+            (self._ends[k] - self._starts[at], self._ends[k + 1] - self._starts[at]) for k in (i, j)
+        )
+        return self._products[at][top:bottom, left:right]
 
     @cached_property
     def eigen(self) -> list[tuple[Tensor, Tensor]]:
         """Eigenvalues, ascending, and eigenvectors of every Fᵢ Fᵢᵀ."""
-        return [torch.linalg.eigh(self.block(i, i)) for i in range(len(self.rows))]
+        return [torch.linalg.eigh(self.block(i, i)) for i in range(self.count)]
 
     def overlaps(self, adapters: Sequence[int]) -> Iterator[RowSpaceOverlap]:
         """Yield the overlaps of all pairs; `adapters` are the numbers of the factors.
@@ -198,7 +211,7 @@ class _Grams:
 
     def inner(self) -> Tensor:
         """Return ⟨ΔW_i, ΔW_j⟩, (T, T)."""
-        count = len(self.a.rows)
+        count = self.a.count
         inner = torch.zeros(count, count, dtype=torch.float64)
         for i in range(count):
             for j in range(i, count):
@@ -235,7 +248,7 @@ def _entry_sums(parts: Sequence[LowRank], scratch: Scratch) -> tuple[Tensor, Ten
     magnitude = torch.zeros(count, count, dtype=torch.float64)
     for rows, columns in _tiles(m, n, count):
         size = (rows.stop - rows.start) * (columns.stop - columns.start)
-        x = scratch.take("tiles", parts[0].a.dtype, count, size)
+        x = scratch.take("tiles", parts[0].a.dtype, count, size + _APART)[:, :size]
         flags, values = scratch.take("flags", torch.bool, count, size).numpy(), x.numpy()
         smallest = np.empty(count)
         for t, part in enumerate(parts):  # one after another, while its entries are in the processor's cache
