@@ -185,7 +185,8 @@ def test_values_are_converted_as_torch_does(dtype) -> None:
     x = bits.view(np.float32)
     x = x[np.abs(x) <= (65504.0 if dtype == torch.float16 else 3.38e38)]  # no NaN
     expected = torch.from_numpy(x.copy()).to(dtype)
-    found = side_by_side._stored(x, str(dtype).removeprefix("torch."))
+    found = np.empty(x.shape, dtype=np.uint16 if dtype == torch.bfloat16 else str(dtype).removeprefix("torch."))
+    side_by_side._store(x[:, None], 1, str(dtype).removeprefix("torch."), out=found[:, None])
     kind = torch.int32 if dtype == torch.float32 else torch.int16
     assert np.array_equal(found.view(np.int32 if dtype == torch.float32 else np.int16), expected.view(kind).numpy())
 

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     Floats = NDArray[np.float32]
 
 _LOOKED_AT = 8  # rows that show of most columns that they are normal
-_ROUNDED = 1 << 16  # entries that are rounded at a time, in the processor's cache
+_STORED = 1 << 16  # entries that are scaled and rounded at a time, in the processor's cache
 
 
 class _Limits(NamedTuple):
@@ -139,18 +139,18 @@ class SideBySide:
         if not shapes or any(len(shape) != 2 for shape in shapes):
             return None
         total, other = sum(shape[axis] for shape in shapes), shapes[0][1 - axis]
-        joined = np.empty((total, other) if axis == 0 else (other, total), dtype=np.float32)
-        start, largest = 0, 0.0
+        dtype = self._inventory.recipe.output.dtype
+        joined = np.empty((total, other) if axis == 0 else (other, total), dtype="uint16" if dtype == "bfloat16" else dtype)
+        start = 0
         for adapter, name, share in parts:
             found = _read(adapter, name)
-            if found is None or (share != 0 and not found.is_normal(1 - axis, "float32", share)):
+            if found is None or (share != 0 and not found.is_normal(1 - axis, dtype, share)):
                 return None
             if share != 0:
                 end = start + found.values.shape[axis]
-                np.multiply(found.values, share, out=joined[start:end] if axis == 0 else joined[:, start:end])
-                start, largest = end, max(largest, found.largest * abs(share))
-        dtype = self._inventory.recipe.output.dtype
-        return _stored(joined, dtype) if _Matrix(joined, largest).is_normal(1 - axis, dtype) else None
+                _store(found.values, share, dtype, out=joined[start:end] if axis == 0 else joined[:, start:end])
+                start = end
+        return joined
 
     def _shares(self, target: str) -> list[float]:
         """Return what every adapter's B is multiplied by: coefficient, `scale` and the adapter's own scaling."""
@@ -162,12 +162,12 @@ class SideBySide:
 
 
 class _Matrix(NamedTuple):
-    """A matrix, and its largest magnitude, up to a round-off."""
+    """A matrix, and its largest magnitude."""
 
     values: Floats
     largest: float
 
-    def is_normal(self, axis: int, dtype: str, factor: float = 1.0) -> bool:
+    def is_normal(self, axis: int, dtype: str, factor: float) -> bool:
         """Return whether all columns (0) or rows (1) times a factor keep their digits in a dtype, by the rule of `LowRank`.
 
         Then none of them overflows there. What is all zero, or near the rule's upper end, is not called normal.
@@ -197,20 +197,19 @@ def _read(adapter: Adapter, name: str) -> _Matrix | None:
     return _Matrix(x, largest) if largest <= _LIMITS["float32"].largest else None
 
 
-def _stored(x: Floats, dtype: str) -> NDArray[Any]:
-    """Return x in a dtype in which nothing of it overflows, bfloat16 as its bits in uint16."""
-    if dtype == "float32":
-        return x
-    if dtype == "float16":
-        return x.astype(np.float16)
-    stored = np.empty(x.shape, dtype=np.uint16)
-    bits, halves = x.reshape(-1).view(np.uint32), stored.reshape(-1)
-    for start in range(0, bits.size, _ROUNDED):
-        wide = bits[start : start + _ROUNDED]
+def _store(x: Floats, factor: float, dtype: str, *, out: NDArray[Any]) -> None:
+    """Write x times a number in a dtype in which nothing of it overflows; bfloat16 as its bits in uint16."""
+    step = max(1, _STORED // x.shape[1])
+    for top in range(0, len(x), step):
+        rows = slice(top, top + step)
+        scaled = x[rows] if factor == 1 else x[rows] * factor
+        if dtype != "bfloat16":
+            out[rows] = scaled
+            continue
+        wide = scaled.view(np.uint32)
         rounded = wide >> np.uint32(16)  # to nearest, ties to even
         rounded &= np.uint32(1)
         rounded += np.uint32(0x7FFF)
         rounded += wide
         rounded >>= np.uint32(16)
-        halves[start : start + _ROUNDED] = rounded
-    return stored
+        out[rows] = rounded
