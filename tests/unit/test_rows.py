@@ -135,6 +135,12 @@ def test_a_cell_without_end_is_refused(tmp_path, monkeypatch):
     assert csv.field_size_limit() == before, "of the process, which is not plait's alone"
 
 
+def test_columns_of_one_name(tmp_path):
+    (tmp_path / "t.csv").write_text("text,text,label\na,b,yes\n")
+    with pytest.raises(TaskError, match=r"t\.csv:1: two columns are called 'text'\."):
+        read_file(tmp_path / "t.csv")
+
+
 def test_lines_end_as_csv_has_it(tmp_path):
     (tmp_path / "t.csv").write_bytes(b'\xef\xbb\xbftext,label\r"a\r\nb",yes\rc,no\r\nd,no\n')
     assert [tuple(row.values()) for row in read_file(tmp_path / "t.csv")] == [("a\r\nb", "yes"), ("c", "no"), ("d", "no")]

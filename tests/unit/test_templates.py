@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from decimal import Decimal
 from importlib import import_module
@@ -112,6 +113,17 @@ def test_texts_are_those_of_jinja_row_by_row():
     source = "{{ n }}{{ word|upper }}{% for x in list %}{{ x }},{% endfor %} {{ price * 2 }}\n"
     plain = ImmutableSandboxedEnvironment(keep_trailing_newline=True).from_string(source)
     assert Template(source, "prompt").each(rows) == [plain.render(row) for row in rows]
+
+
+@pytest.mark.parametrize("nothing", [None, math.nan])
+def test_null_is_not_written_as_a_word(nothing):
+    """Else a model would be asked about `None`."""
+    row = {"x": "1", "y": nothing, "z": {"a": nothing}}
+    with pytest.raises(TaskError, match=r"prompt: 'y' is null; leave the row out, or write {{ y or '' }} where an empty text"):
+        Template("{{ x }}{{ y }}", "prompt")(row)
+    with pytest.raises(TaskError, match=r"prompt: a value is null; "):
+        Template("{{ z.a }}", "prompt")(row)
+    assert Template("{{ x }}{{ y or '' }}{% if y %}{{ y }}{% endif %}", "prompt")(row) == "1"
 
 
 def test_an_error_of_one_row_leaves_the_others():

@@ -9,12 +9,13 @@ import csv
 import io
 import os
 import pickle
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from plait.errors import TaskError, did_you_mean
+from plait.errors import TaskError, did_you_mean, join_words
 from plait.extras import optional, require
 from plait.folders import expanded
 from plait.parsing import MAX_TEXT_BYTES, MOST_LEVELS, check_levels, open_bytes, parse_json, read_lines, read_text
@@ -138,6 +139,8 @@ def _csv(file: Path) -> list[Row]:
     rows: list[Row] = []
     reader = csv.DictReader(part for line in _lines(file) for part in io.StringIO(line, newline=""))
     try:
+        if twice := [name for name, count in Counter(reader.fieldnames or ()).items() if count > 1]:
+            raise TaskError(f"{file}:1: two columns are called {join_words(list(map(repr, twice)))}. Rename one of them.")
         for row in reader:
             if None in row or None in row.values():
                 raise TaskError(f"{file}:{reader.line_num}: this row has other columns than the first line.")

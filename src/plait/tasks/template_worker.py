@@ -11,12 +11,13 @@ length, bytes) on stdout, one per row:
 from __future__ import annotations
 
 import json
+import math
 import pickle
 import signal
 import struct
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from typing import Any, BinaryIO
@@ -53,14 +54,15 @@ def _serve(sink: BinaryIO, kind: str, source: str, rows: list[bytes]) -> None:
         return
     answer(sink, b"c", json.dumps(names).encode())
     for row in rows:
-        answer(sink, *_rendered(template, row))
+        answer(sink, *_rendered(template, names, row))
 
 
-def _rendered(template: Any, row: bytes) -> tuple[bytes, bytes]:
+def _rendered(template: Any, names: Sequence[str], row: bytes) -> tuple[bytes, bytes]:
     import jinja2
 
+    columns = {name: None if _is_null(value) else value for name, value in pickle.loads(row).items()}  # NaN counts as true
     try:
-        text = str(template.render(pickle.loads(row)))
+        text = str(template.render(columns))
         if len(text) > LONGEST_TEXT:
             return b"e", f"the text has {len(text):,} characters; at most {LONGEST_TEXT:,} are allowed".encode()
         return b"t", text.encode()
@@ -71,6 +73,11 @@ def _rendered(template: Any, row: bytes) -> tuple[bytes, bytes]:
         )
     except jinja2.UndefinedError as error:
         return b"u", _message(error).encode("utf-8", "replace")
+    except _NullError:
+        null = [name for name in names if name in columns and columns[name] is None]
+        what = f"{' and '.join(map(repr, null)) or 'a value'} {'are' if len(null) > 1 else 'is'} null"
+        advice = f"leave the row out, or write {{{{ {null[0] if null else 'NAME'} or '' }}}} where an empty text is meant"
+        return b"e", f"{what}; {advice}".encode("utf-8", "replace")
     except Exception as error:
         return b"e", _message(error).encode("utf-8", "replace")
 
@@ -104,7 +111,23 @@ def _columns() -> Any:
     """Return the environment of a task's own templates."""
     import jinja2.sandbox
 
-    return jinja2.sandbox.ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
+    return jinja2.sandbox.ImmutableSandboxedEnvironment(
+        undefined=jinja2.StrictUndefined, finalize=_not_null, keep_trailing_newline=True
+    )
+
+
+class _NullError(Exception):
+    """A template writes a value that is not there: its text would be `None` or `nan`."""
+
+
+def _not_null(value: Any) -> Any:
+    if _is_null(value):
+        raise _NullError
+    return value
+
+
+def _is_null(value: Any) -> bool:
+    return value is None or (isinstance(value, float) and math.isnan(value))
 
 
 def _chat() -> Any:
