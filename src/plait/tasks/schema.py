@@ -148,12 +148,9 @@ class RowTask(Task):
     def _rows_or_none(self) -> RowTask:
         if (self.data is None) != (not self.splits):
             there, lacking = ("splits", "data") if self.data is None else ("data", "splits")
-            such = (
-                "{path: FILE or FOLDER}" if self.data is None else "{test: test.jsonl}, or {test: {rows: [0, 100]}} of one file"
-            )
-            raise ValueError(
-                f"{there!r} needs {lacking!r}, such as {such}; a task without rows (to calibrate, tune and merge with) has neither"
-            )
+            such = "{path: FOLDER}" if self.data is None else "{test: test.jsonl}, or {test: {rows: [0, 100]}} of one file"
+            without = "a task without rows (to calibrate, tune and merge with) has neither"
+            raise ValueError(f"{there!r} needs {lacking!r}, such as {such}; {without}")
         if self.target is None and self.needs_target() and (self.data is not None or isinstance(self.ask, TargetLikelihood)):
             raise ValueError("'target' is missing, the template of the right answer")
         return self
