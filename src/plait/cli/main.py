@@ -39,6 +39,8 @@ from plait.cli.tasks import tasks_app
 from plait.cli.train import train
 from plait.cli.tune import tune
 from plait.cli.unbake import unbake
+from plait.cli.usage import explain_usage
+from plait.cli.variables import forget_impossible_widths, is_asked, unknown_variables
 from plait.cli.verify import verify
 from plait.errors import PlaitError
 from plait.notices import PlaitWarning
@@ -129,6 +131,7 @@ def _complete(command: Any, words: tuple[str, ...] = ("plait",)) -> None:
     """
     for name, inner in getattr(command, "commands", {}).items():
         _complete(inner, (*words, name))
+    explain_usage(command)
     context = command.context_class(command, help_option_names=_HELP)
     for parameter in [*command.params, command.get_help_option(context)]:
         if getattr(parameter, "is_flag", False):
@@ -143,6 +146,16 @@ def _complete(command: Any, words: tuple[str, ...] = ("plait",)) -> None:
             parameter.envvar = "_".join((*words, option.lstrip("-"))).replace("-", "_").upper()
 
 
+def _known_variables(command: Any, name: str = "") -> tuple[set[str], set[str]]:
+    """Return the variables that commands read, and the names of the commands."""
+    variables = {p.envvar for p in command.params if isinstance(p.envvar, str)} | {*_VARIABLES.values()}
+    commands = {name} if name else set[str]()
+    for inner_name, inner in getattr(command, "commands", {}).items():
+        more = _known_variables(inner, f"{name} {inner_name}".strip())
+        variables, commands = variables | more[0], commands | more[1]
+    return variables, commands
+
+
 _LIBRARIES = ("accelerate", "datasets", "huggingface_hub", "peft", "torch", "transformers", "trl")
 
 
@@ -150,6 +163,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line and leave the process: 0 done, 1 our fault, 2 the user's, 128 + n stopped by a signal."""
     atexit.register(gc.freeze)  # the last collections would look all of torch through, for nothing: the process ends
 
+    forget_impossible_widths()
     arguments, asked = _without_anywhere(_join_lists(list(sys.argv[1:] if argv is None else argv)))
     with guarded():
         try:
@@ -162,17 +176,15 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 #: Accepted anywhere on the command line, though they belong to `plait` itself.
 _ANYWHERE = {"--traceback": "traceback", "--quiet": "quiet", "--verbose": "verbose"}
+_VARIABLES = {name: f"PLAIT_{name.upper()}" for name in _ANYWHERE.values()}
 
 
 def _without_anywhere(arguments: list[str]) -> tuple[list[str], set[str]]:
-    """Return the command line without the options that are accepted anywhere, and those of them that it or a variable gives."""
+    """Return the command line without the options that are accepted anywhere, and those of them that it gives."""
     at = next((i for i, word in enumerate(arguments) if not word.startswith("-")), len(arguments))
     short = {"-q": "quiet", "-v": "verbose"}  # before the command alone: after it they may be another program's
     asked = {short[word] for word in arguments[:at] if word in short}
     asked |= {name for option, name in _ANYWHERE.items() if option in arguments}
-    asked |= {
-        name for name in _ANYWHERE.values() if os.environ.get(f"PLAIT_{name.upper()}", "0").lower() not in ("", "0", "false")
-    }
     kept = [word for i, word in enumerate(arguments) if word not in _ANYWHERE and not (i < at and word in short)]
     return kept, asked
 
@@ -189,16 +201,23 @@ def _run(arguments: list[str], asked: Collection[str]) -> int:
 
     Args:
         arguments: of the command.
-        asked: names of the options that are accepted anywhere.
+        asked: names of the options that are accepted anywhere and given there.
     """
-    from plait.cli.console import VERBOSITY, warnings_as_notes
+    from plait.cli.console import VERBOSITY, print_notes, warnings_as_notes
 
+    try:
+        asked = {*asked, *(name for name, variable in _VARIABLES.items() if is_asked(variable))}
+    except PlaitError as error:
+        _show(error, "error: ", wants_traceback=False)
+        return 2
     VERBOSITY.quiet = "quiet" in asked
     wants_traceback = bool({"traceback", "verbose"} & {*asked})
     try:
         with warnings_as_notes(PlaitWarning), stoppable():
             if "verbose" not in asked:
                 _hide_deprecations()
+            if any(name.startswith("PLAIT_") for name in os.environ):
+                print_notes(unknown_variables(*_known_variables(command_tree())))
             command_tree()(_translated(arguments))
     except SystemExit as leave:
         return leave.code if isinstance(leave.code, int) else int(leave.code is not None)
