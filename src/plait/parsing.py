@@ -6,6 +6,7 @@ and no key has two values. `plait.recipes.documents` reads YAML under the same l
 
 from __future__ import annotations
 
+import codecs
 import errno
 import io
 import json
@@ -30,11 +31,15 @@ if TYPE_CHECKING:
 #: What Git puts in the place of a file that was not fetched.
 _POINTER = b"version https://git-lfs.github.com/spec/"
 _GZIP = b"\x1f\x8b\x08"
+#: Ends of names of files that are YAML or JSON: recipes, tasks, phases.
+DOCUMENT_SUFFIXES = (".yaml", ".yml", ".json")
 MAX_TEXT_BYTES = 64 << 20  # of a text that is read completely; the largest index of a model has 20 MB
 _PATIENCE = 15  # seconds that the writer of a pipe may be silent
 MOST_LEVELS = 100  # of lists and mappings in each other
 MOST_BITS = 1023  # of an integer: it is still a float
 _SHOWN = 60
+_HEAD = 1 << 16  # bytes of a file whose kind is asked
+_FIRST_KEY = re.compile(rb"""\s*(?:\{|["']?[A-Za-z_][\w-]*["']?\s*:(?:\s|$))""")
 
 # What is looked at one by one, since a text without any of it is fine: numbers that no float holds, surrogates, NUL, constants.
 _SUSPECT = re.compile(r"\d{309}|[eE]\+?\d{3}|\\u(?:[dD][89a-fA-F]|0000)|NaN|Infinity")
@@ -105,6 +110,20 @@ def read_lines(path: Path, error: type[PlaitError], *, longest: int = MAX_TEXT_B
 def lines_of(text: str) -> list[str]:
     """Return the lines of a text, without their ends; a separator that only Unicode has, such as U+2028, is part of a line."""
     return re.split("\r\n|\r|\n", text)
+
+
+def is_document(path: Path) -> bool:
+    """Return whether a file looks like YAML or JSON: a mapping whose first line has a key. One that cannot be read does not."""
+    try:
+        with open_bytes(path) as file:
+            head = file.read(_HEAD)
+    except OSError:
+        return False
+    lines = [
+        line for line in head.removeprefix(codecs.BOM_UTF8).splitlines() if line.strip() and not line.lstrip().startswith(b"#")
+    ]
+    first = next((line for line in lines if not line.startswith((b"---", b"%"))), b"")
+    return b"\0" not in head and bool(_FIRST_KEY.match(first))
 
 
 def is_there(path: Path, error: type[PlaitError]) -> bool:

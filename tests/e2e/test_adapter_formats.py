@@ -208,7 +208,15 @@ class TestNumberedFiles:
         plait.merge([tmp_path / "a"], out=tmp_path / "out")
         assert exit_code("verify", tmp_path / "out") == 0
         (tmp_path / "a" / "adapter_model-00002-of-00002.safetensors").unlink()
-        with pytest.raises(AdapterError, match="several files, of which 2 of 2 are missing"):
+        missing = "an adapter in 2 files, of which adapter_model-00002-of-00002.safetensors is missing. Fetch it too."
+        with pytest.raises(AdapterError, match=missing):
+            Adapter.open(tmp_path / "a", "a")
+        first = tmp_path / "a" / "adapter_model-00001-of-00002.safetensors"
+        first.rename(tmp_path / "a" / "adapter_model-00002-of-00004.safetensors")
+        missing = (
+            r"adapter_model-00001-of-00004.safetensors, .*-00003-.*, .*-00004-of-00004.safetensors are missing. Fetch them"
+        )
+        with pytest.raises(AdapterError, match=missing):
             Adapter.open(tmp_path / "a", "a")
 
     def test_a_change_in_the_second_is_seen(self, tmp_path):

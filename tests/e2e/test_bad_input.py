@@ -224,3 +224,27 @@ def test_an_evaluation_names_an_output_that_exists_beside_what_else_is_wrong(cap
     printed = refused(capsys, "eval", "a", "b", "--tasks", "none.yaml", "--require", "worst>0.5", "-o", "a")
     assert "a exists already" in printed
     assert "worst>0.5" in printed
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "adapters: [./a, ./b]\n",
+        "# what I merge\n---\n\nversion: 1\nadapters:\n- ./a\n",
+        "\ufeffmerge_method: ties\n",
+        '{"adapters": ["./a"]}',
+        '"adapters":\n- ./a\n',
+    ],
+)
+@pytest.mark.parametrize("name", ["recipe.txt", "recipe"])
+def test_a_recipe_whose_name_does_not_end_like_one(name, text, place, capsys):
+    (place / name).write_text(text, encoding="utf-8")
+    printed = merge(capsys, name)
+    assert "is taken for an adapter, and is a file of text" in printed
+    assert "recipes end in .yaml, .yml or .json" in printed
+
+
+@pytest.mark.parametrize("data", [b"", b"A note on this.\n", b"PK\x03\x04\0name: x", b"key: \0", b"http://example.org\n"])
+def test_a_file_that_is_not_a_recipe(data, place, capsys):
+    (place / "notes").write_bytes(data)
+    assert "is a file. Give the folder that holds it" in merge(capsys, "notes")

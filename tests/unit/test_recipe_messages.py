@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import BaseModel
 
 from plait.errors import RecipeError, join_words
 from plait.methods import METHODS
 from plait.recipes.evaluation import EvalSpec, Subset
 from plait.recipes.loading import build_recipe, load_recipe
 from plait.recipes.schema import AdapterEntry, Output, Recipe
+from plait.recipes.validation import validate
 from plait.recipes.writing import to_yaml
 from tests.every import every
 from tests.recipe_texts import AFTER, BEFORE, COMBINES, FULL, PAIR, TIES, TOP, problems
@@ -101,6 +105,13 @@ METHOD_NAMES = f"{', '.join(map(repr, list(METHODS)[:-1]))} or {list(METHODS)[-1
         ("scale: .inf", ["recipe:4: scale: scale is inf; it must be a finite number, or 'auto'."]),
         ("scale: yes", ["recipe:4: scale: scale is 'yes'; it must be a number, or 'auto'."]),
         ("version: 2", ["recipe:4: version: version is 2; it must be 1."]),
+        ("version: '1'", ["recipe:4: version: version is the text '1'; it must be the number 1. Write it without quotes: 1."]),
+        ("version: true", ["recipe:4: version: version is true; it must be a number."]),
+        ("version: null", ["recipe:4: version: version is null; it must be 1."]),
+        (
+            "method: {name: ties, sign: 1}",
+            ["recipe:4: method.sign: sign is 1; it must be 'total' or 'frequency'."],
+        ),
         ("base_model: 3", ["recipe:4: base_model: base_model is 3; it must be text."]),
         ("output: {rank: true}", ["recipe:4: output.rank: rank is true; it must be a number."]),
         ("output: {rank: [1]}", ["recipe:4: output.rank: rank is [1]; it must be an integer or text."]),
@@ -302,3 +313,25 @@ def test_a_misspelled_parameter_of_any_method_is_refused(name):
         typo = parameter[:-1] + "qz"
         with pytest.raises(RecipeError, match=f"method.{typo}: '{typo}' is not known here; allowed: "):
             build_recipe({"adapters": ["./a", "./b"], "method": {"name": name, typo: 1}})
+
+
+class _Enumerated(BaseModel):
+    mixed: Literal["auto", 1, -2] = "auto"
+    numbers: Literal[1, 2] = 1
+    digits: Literal["8", "16"] = "8"
+
+
+@every(
+    ("data", "expected"),
+    [
+        ({"mixed": "-2"}, "mixed is the text '-2'; it must be 'auto', 1 or -2. Write it without quotes: -2."),
+        ({"mixed": "3"}, "mixed is '3'; it must be 'auto', 1 or -2."),
+        ({"numbers": "2"}, "numbers is the text '2'; it must be one of the numbers 1 or 2. Write it without quotes: 2."),
+        ({"digits": 16}, "digits is the number 16; it must be '8' or '16'. Write it in quotes: '16'."),
+        ({"digits": None}, "digits is null; it must be '8' or '16'."),
+    ],
+)
+def test_a_value_of_another_type_than_those_that_are_allowed(data, expected):
+    found, wrong = validate(_Enumerated, data)
+    assert found is None
+    assert [problem.text for problem in wrong if "must be a number" not in problem.text] == [expected]

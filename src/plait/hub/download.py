@@ -14,13 +14,14 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from plait.errors import AddressError, did_you_mean, listed
+from plait.errors import AddressError, did_you_mean, join_words, listed
 from plait.folders import expanded
 from plait.hub.client import explain_failure
 from plait.hub.pipelines import PIPELINE_INDEX, pipeline_files
 from plait.hub.references import Reference, parse_reference
 from plait.libraries.huggingface_hub import status_of
 from plait.notices import announce
+from plait.parsing import DOCUMENT_SUFFIXES, is_document
 from plait.records import Record
 from plait.tensorfiles.formats import TENSOR_FORMATS
 from plait.tensorfiles.reader import SafetensorsFile
@@ -246,10 +247,11 @@ def _local_place(reference: Reference, base: Path | None, suffixes: tuple[str, .
             return Located(folder=place.parent, file=place.name)
     except OSError as error:
         raise AddressError(f"{reference.path!r} cannot be read: {error.strerror or error}.") from error
-    return Located(folder=_local_folder(reference, base))
+    return Located(folder=_local_folder(reference, base, recipe=suffixes == ADAPTER_SUFFIXES))
 
 
-def _local_folder(reference: Reference, base: Path | None) -> Path:
+def _local_folder(reference: Reference, base: Path | None, *, recipe: bool) -> Path:
+    """Return a local folder; `recipe`: a recipe might be meant."""
     path = reference.path or ""
     try:
         folder = Path.cwd() / (base or Path()) / expanded(path)
@@ -258,6 +260,11 @@ def _local_folder(reference: Reference, base: Path | None) -> Path:
         exists = folder.exists()
     except OSError as error:
         raise AddressError(f"{path!r} cannot be read: {error.strerror or error}.") from error
+    if exists and recipe and is_document(folder):
+        ends = join_words(DOCUMENT_SUFFIXES, "or")
+        raise AddressError(
+            f"{path!r} is taken for an adapter, and is a file of text. If it is a recipe, rename it: recipes end in {ends}."
+        )
     if exists:
         raise AddressError(f"{path!r} is a file. Give the folder that holds it: {str(Path(path).parent)!r}.")
     parent = folder.parent

@@ -16,11 +16,10 @@ import yaml
 from plait.errors import PlaitError, RecipeError, did_you_mean, join_words
 from plait.folders import open_in
 from plait.notices import announce
-from plait.parsing import MOST_BITS, MOST_LEVELS, parse_json, read_text, text_problem
+from plait.parsing import DOCUMENT_SUFFIXES, MOST_BITS, MOST_LEVELS, parse_json, read_text, text_problem
 from plait.recipes.paths import KeyPath, Plain
 from plait.recipes.problems import Problem
 
-_SUFFIXES = (".yaml", ".yml", ".json")
 _MOST_NODES = 200_000
 _MOST_CHARACTERS = 4 << 20  # of YAML, which is read character by character
 _LONGEST_CARD = 1 << 20  # bytes in which its front matter is looked for
@@ -94,7 +93,7 @@ def open_document(file: Path, *, source: str | None = None, error: type[PlaitErr
 
 def _near(file: Path) -> str:
     try:
-        files = sorted(p.name for p in file.parent.iterdir() if p.suffix in _SUFFIXES)
+        files = sorted(p.name for p in file.parent.iterdir() if p.suffix in DOCUMENT_SUFFIXES)
     except OSError:
         return ""
     return did_you_mean(file.name, files)

@@ -12,6 +12,7 @@ from typing import Any
 from plait.errors import AddressError, RecipeError, collect
 from plait.folders import expanded
 from plait.hub.references import parse_reference
+from plait.parsing import DOCUMENT_SUFFIXES
 from plait.recipes.importers.other_tools import keyword_hints
 from plait.recipes.loading import build_recipe, read_recipe
 from plait.recipes.overrides import apply_overrides, parse_override
@@ -22,7 +23,7 @@ _TOP = tuple(name for name in Recipe.model_fields if name not in ("method", "wei
 
 _PARTS = ("eval", "calibration", "tune", "search")  # whose keys are set one by one
 
-_FILES = (".yaml", ".yml", ".json", ".lock")  # plait.lock is not a recipe: reading it refuses it
+_FILES = (*DOCUMENT_SUFFIXES, ".lock")  # plait.lock is not a recipe: reading it refuses it
 
 Adapters = Sequence[str | Path] | Mapping[str, str | Path]
 

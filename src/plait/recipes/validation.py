@@ -225,7 +225,7 @@ def _sentence(error: ErrorDetails, path: KeyPath, data: Mapping[str, Plain], roo
     if kind == "union_tag_invalid":
         return _not_among(context["tag"], path, _words(context["expected_tags"])) + _elsewhere(context["tag"], path)
     if kind == "literal_error":
-        return _not_among(value, path, _words(context["expected"]))
+        return _not_among(value, path, _values(context["expected"]))
     if kind in _BOUNDED:
         return f"{_subject(path)} is {show_value(value)}; it must be {bounds_at(path, data, root) or _first_bound(context)}."
     if kind == "string_pattern_mismatch":
@@ -266,9 +266,15 @@ def _hint(path: KeyPath, data: Mapping[str, Plain], root: type[BaseModel]) -> st
     return f" {about}" if about else ""
 
 
-def _not_among(value: Plain, path: KeyPath, allowed: Sequence[str]) -> str:
-    near = did_you_mean(str(value), allowed)
-    known = join_words([(a if a.isdecimal() else repr(a)) for a in allowed], "or")
+def _not_among(value: Plain, path: KeyPath, allowed: Sequence[Plain]) -> str:
+    texts = [a for a in allowed if isinstance(a, str)]
+    known = join_words([show_value(a) for a in allowed], "or")
+    if isinstance(value, str) and value not in texts and value in map(str, allowed):  # '1' and 1 look alike
+        wanted = known if texts else f"one of the numbers {known}" if len(allowed) > 1 else f"the number {known}"
+        return f"{_subject(path)} is the text {value!r}; it must be {wanted}. Write it without quotes: {value}."
+    if not isinstance(value, str) and str(value) in texts:
+        return f"{_subject(path)} is the number {value}; it must be {known}. Write it in quotes: {str(value)!r}."
+    near = did_you_mean(str(value), texts)
     if near and len(allowed) > _MANY:  # the guess would come after a screen of names
         return f"{_subject(path)} is {show_value(value)}.{near} It must be {known}."
     return f"{_subject(path)} is {show_value(value)}; it must be {known}.{near}"
@@ -295,6 +301,12 @@ def _first_bound(context: Mapping[str, Plain]) -> str:
 def _words(expected: str) -> list[str]:
     """Read pydantic's list of allowed values: `'a', 'b' or 'c'`."""
     return re.findall(r"'([^']*)'", expected) or [expected]
+
+
+def _values(expected: str) -> list[Plain]:
+    """Read pydantic's list of allowed values, texts and numbers: `'a', 1 or 2`."""
+    found = re.findall(r"'([^']*)'|(-?\d+)(?=,|\s|$)", expected)
+    return [int(number) if number else text for text, number in found] or [expected]
 
 
 def _subject(path: KeyPath) -> str:

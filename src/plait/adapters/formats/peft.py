@@ -93,10 +93,9 @@ def _joined(shards: list[Path]) -> TensorFile:
             f"{folder}: numbered files of several adapters ({', '.join(p.name for p in shards)}). Keep those of one."
         )
     if missing := sorted({*range(1, wanted + 1)} - there):
-        numbers = listed(map(str, missing))
-        raise AdapterError(
-            f"{folder}: an adapter in several files, of which {numbers} of {wanted} are missing. Fetch them too."
-        )
+        names = listed(f"adapter_model-{number:0{len(max(counts))}}-of-{max(counts)}.safetensors" for number in missing)
+        verb, what = ("is", "it") if len(missing) == 1 else ("are", "them")
+        raise AdapterError(f"{folder}: an adapter in {wanted} files, of which {names} {verb} missing. Fetch {what} too.")
     views: dict[str, View] = {}
     for file in map(SafetensorsFile, shards):
         if twice := views.keys() & file.tensors.keys():

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from plait.errors import join_words
+from plait.parsing import DOCUMENT_SUFFIXES
 from plait.recipes.paths import KeyPath, Plain
 from plait.recipes.problems import Problem, show_value, spell_value
 from plait.recipes.validation import unknown_key
 
 KEYS = ("split", "eval_subset", "eval_tasks")
-_SUFFIXES = (".yaml", ".yml", ".json")
 _FOLDERS = ("", "tasks/")
 _SAMPLE = ("max_samples", "shuffle", "seed", "stratified", "label_column", "stratify_by", "tag", "eval_tag")
 _CHOICE = "The examples are others than before: they are chosen by a hash of seed and content."
@@ -186,7 +186,7 @@ def _take_tasks(old: Plain, folder: Path, found: OlderEvaluation) -> None:
 
 def _task_file(name: str, folder: Path) -> str | None:
     """Return the file that describes a task, as a recipe next to it names it; None where there is none."""
-    if name.startswith("lm_eval:") or "/" in name or name.endswith(_SUFFIXES):
+    if name.startswith("lm_eval:") or "/" in name or name.endswith(DOCUMENT_SUFFIXES):
         return name
-    names = (f"{place}{name}{suffix}" for place in _FOLDERS for suffix in _SUFFIXES)
+    names = (f"{place}{name}{suffix}" for place in _FOLDERS for suffix in DOCUMENT_SUFFIXES)
     return next((text for text in names if (folder / text).is_file()), None)
