@@ -17,7 +17,7 @@ from pathlib import Path
 
 from plait.parsing import opened
 
-_LONGEST = 255  # bytes of a name, on every common file system
+LONGEST_NAME = 255  # bytes of a name, on every common file system
 _DRIVE = re.compile(r"[A-Za-z]:")
 _ONCE = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
 
@@ -44,8 +44,8 @@ def file_name_problem(name: str) -> str | None:
         return "climbs out of the folder"
     if "" in parts or "." in parts:
         return "names a folder"
-    if any(len(part.encode(errors="surrogatepass")) > _LONGEST for part in parts):
-        return f"has more than {_LONGEST} bytes between two slashes"
+    if any(len(part.encode(errors="surrogatepass")) > LONGEST_NAME for part in parts):
+        return f"has more than {LONGEST_NAME} bytes between two slashes"
     return None
 
 

@@ -248,3 +248,24 @@ def test_a_recipe_whose_name_does_not_end_like_one(name, text, place, capsys):
 def test_a_file_that_is_not_a_recipe(data, place, capsys):
     (place / "notes").write_bytes(data)
     assert "is a file. Give the folder that holds it" in merge(capsys, "notes")
+
+
+@pytest.mark.parametrize(
+    ("given", "what"),
+    [
+        (["--weights", "0,0"], "every weight is 0"),
+        (["--weights", "0", "-0.0", "--method", "ties"], "every weight is 0"),
+        (["--set", "weights={policy: scalar, value: 0}"], "every weight is 0"),
+        (["--scale", "0"], "scale is 0"),
+    ],
+)
+@pytest.mark.parametrize("more", [[], ["--dry-run"]])
+def test_a_merge_of_zeros_is_noted_once(given, what, more, capsys):
+    assert exit_code("merge", "a", "b", "-o", "out", *given, *more) == 0
+    printed = capsys.readouterr().err
+    assert printed.count(f"note: {what}: the merged deltas are zero, and change nothing of the base model.\n") == 1
+
+
+def test_one_weight_of_zero_is_a_merge_of_the_others(capsys):
+    assert exit_code("merge", "a", "b", "-o", "out", "--weights", "0,1") == 0
+    assert "deltas are zero" not in capsys.readouterr().err

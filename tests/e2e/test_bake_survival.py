@@ -289,7 +289,7 @@ def test_full_disk(materials, nursery, undisturbed, tmp_path):
 
 
 def test_too_little_space_is_said_before_any_work(materials, tmp_path, monkeypatch):
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000, total=2000))
     with pytest.raises(OutputError, match=r"needs .* free"):
         plait.bake(materials.pair, base=materials.base, out=tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
@@ -346,7 +346,7 @@ def test_killed_while_replacing_keeps_one_of_the_two(materials, tmp_path, monkey
     working = tmp_path / ".out.baking"
     working.mkdir()
     out.rename(working / "model.old")
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1, total=2))
     with pytest.raises(OutputError, match="needs"):
         plait.bake(materials.pair, base=materials.base, out=out, force=True)
     assert contents(out) == expected

@@ -317,13 +317,15 @@ def test_what_is_refused(prepared, settings, message):
 
 def test_flags_that_say_nothing_here_are_refused(prepared, tmp_path, capsys):
     arguments = prepared.arguments(tmp_path)
+    base = arguments.index("--base-id")
     for flags, message in (
         (["--seed", "3"], "--seed is that of the subset; give --subset"),
         (["--source", f"sort={prepared.base}"], "--source (sources=): belongs to one adapter or model"),
         (["--card"], "--card (card=): belongs to one adapter or model"),
         (["--base-id", str(prepared.adapters["sort"])], "the model's configuration cannot be loaded"),
     ):
-        assert exit_code(*arguments, *flags) == 2
+        others = [*arguments[:base], *arguments[base + 2 :]] if "--base-id" in flags else arguments
+        assert exit_code(*others, *flags) == 2
         assert message in " ".join(capsys.readouterr().err.split())
 
 
@@ -332,9 +334,19 @@ def test_a_workspace_that_cannot_be_is_refused_before_anything_is_asked(prepared
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match=r"workspace .*file/within cannot be written: .*file is not a folder"):
         prepared.evaluate(tmp_path / "file" / "within")
+    for name in ("leads-nowhere", "held/.scores"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).symlink_to(tmp_path / "nowhere")
+        with pytest.raises(OutputError, match=rf"cannot be written: .*{name} is a symbolic link that leads nowhere"):
+            prepared.evaluate(tmp_path / name.split("/")[0])
+    if Path("/proc/self").exists():
+        with pytest.raises(OutputError, match="/proc/work cannot be written: "):
+            prepared.evaluate(Path("/proc/work"))
+    before = sorted(tmp_path.iterdir())
     monkeypatch.setattr("os.access", lambda path, mode: False)
-    with pytest.raises(OutputError, match="no permission in"):
+    with pytest.raises(OutputError, match="no permission to write in"):
         prepared.evaluate(tmp_path / "work")
+    assert sorted(tmp_path.iterdir()) == before, "nothing is made to find out"
 
 
 def test_only_what_is_good_enough_is_saved(prepared, tmp_path, capsys):

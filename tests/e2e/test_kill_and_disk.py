@@ -111,8 +111,8 @@ def test_a_disk_that_fills_while_moments_are_written(tmp_path, monkeypatch):
 
 
 def test_too_little_space_is_said_before_any_work(pair, tmp_path, monkeypatch):
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
-    with pytest.raises(OutputError, match=r"needs .* MB, .* MB free"):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000, total=2000))
+    with pytest.raises(OutputError, match=r"needs .* kB, .* 1.0 kB free"):
         plait.merge(pair, out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

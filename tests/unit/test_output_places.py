@@ -22,7 +22,7 @@ from plait.reports.figures import write_figures
 from plait.reports.pipeline import page_problem
 from plait.reports.reading import read_report
 from plait.results import staging
-from plait.results.disk import check_not_an_input, full_disk, write_failure
+from plait.results.disk import check_not_an_input, check_space, full_disk, write_failure
 from plait.results.staging import held, output_problem, scratch, staged
 from plait.results.writing import write_text_atomic
 from plait.search.pipeline import _study_folder
@@ -460,3 +460,62 @@ def test_a_failure_that_names_no_file_and_is_not_a_disks_is_not_the_outputs(tmp_
     reset = ConnectionResetError(errno.ECONNRESET, "Connection reset by peer")
     assert write_failure(reset, tmp_path / "out", tmp_path / ".out.staging-1") is None
     assert write_failure(OSError(errno.EIO, "Input/output error"), tmp_path / "out", tmp_path / ".out.staging-1")
+
+
+def test_a_link_is_called_one(tmp_path):
+    """A result takes the place of what is there: that of the link would be taken, and the folder left as it is."""
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("")
+    (tmp_path / "to-folder").symlink_to(tmp_path / "folder")
+    (tmp_path / "to-file").symlink_to(tmp_path / "file")
+    (tmp_path / "to-nothing").symlink_to(tmp_path / "nothing")
+    for problem in (
+        output_problem(tmp_path / "to-folder", force=True),
+        folder_problem(tmp_path / "to-folder", None, force=True),
+    ):
+        assert (
+            f"is a symbolic link, and a result takes the place of what is there: give the folder itself, {tmp_path}" in problem
+        )
+    for name, words in {
+        "to-file": f"to {tmp_path}/file, which is not a folder",
+        "to-nothing": "nothing, where nothing is",
+    }.items():
+        assert words in output_problem(tmp_path / name, force=True)
+        with pytest.raises(OutputError, match=f"{name} is a symbolic link to .*{words.split()[-1]}"):
+            check_output(tmp_path / name)
+
+
+def test_a_folder_below_a_link_to_a_folder_is_written(tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "folder")
+    write(tmp_path / "link" / "out", force=False)
+    assert files(tmp_path / "folder" / "out") == RESULT
+
+
+@every("place", [Path("/proc/x"), Path("/proc/x/y"), Path("/sys/x")])
+def test_a_file_system_that_takes_no_files(place):
+    if not place.parent.exists() and not Path("/proc/self").exists():
+        pytest.skip("this system has no such file systems")
+    problem = output_problem(place, force=False)
+    assert problem is not None
+    assert problem.startswith(f"{place} cannot be written: ")
+
+
+def test_names_that_are_too_long_below_folders_that_are_not_there(tmp_path):
+    assert "a name in it has more than 255 bytes" in output_problem(tmp_path / "new" / ("x" * 256) / "out", force=False)
+    with pytest.raises(OutputError, match="a name in it has more than 255 bytes"):
+        check_workspace(tmp_path / "new" / ("x" * 256))
+
+
+def test_a_file_system_of_no_size_that_takes_files(tmp_path, monkeypatch):
+    """As one in memory without a bound: what is free there is not known, and not nothing."""
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(total=0, free=0))
+    assert output_problem(tmp_path / "out", force=False) is None
+    check_space(tmp_path / "out", 10**12, what="the result", advice="none")
+    assert not list(tmp_path.iterdir()), "nothing is left of the trial"
+
+
+def test_little_space_is_written_in_small_units(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(total=2000, free=1500))
+    with pytest.raises(OutputError, match=r"the result needs 2.0 kB, .* has 1.5 kB free"):
+        check_space(tmp_path / "out", 2000, what="the result", advice="none")

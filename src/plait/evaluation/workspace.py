@@ -24,6 +24,7 @@ from plait.errors import OutputError, TaskError
 from plait.evaluation.record import Evaluation, TaskResult
 from plait.notices import announce
 from plait.parsing import is_there, read_object
+from plait.results.disk import writing_problem
 from plait.results.lock import RUN_RECORD, SUMMARY
 from plait.results.locking import has_locks
 from plait.results.older_keys import INDEX, RESULTS, task_with_older_keys, with_older_keys
@@ -56,11 +57,13 @@ def check_workspace(workspace: Path) -> None:
     """
     if problem := place_problem(workspace):
         raise OutputError(f"the workspace: {problem}")
-    there = next(p for p in (workspace.absolute(), *workspace.absolute().parents) if p.exists())
-    if not there.is_dir():
-        raise OutputError(f"the workspace {workspace} cannot be written: {there} is not a folder. Give another --workspace.")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise OutputError(f"the workspace {workspace} cannot be written: no permission in {there}. Give another --workspace.")
+    for place in (workspace, workspace / SCORES):
+        try:
+            problem = writing_problem(place)
+        except OSError as error:
+            problem = f"{error.strerror or error}"
+        if problem:
+            raise OutputError(f"the workspace {workspace} cannot be written: {problem}. Give another --workspace (workspace=).")
 
 
 def check_index(workspace: Path, what: str, names: Sequence[str]) -> None:

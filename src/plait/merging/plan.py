@@ -20,6 +20,7 @@ from plait.merging.output_format import outgoing_merge, output_format, served_ra
 from plait.merging.weighting import Towers, layer_problems, module_weights, policy_problems, towers_of
 from plait.methods import METHODS
 from plait.methods.base import Method
+from plait.notices import announce
 from plait.recipes.schema import Recipe
 from plait.records import Record
 from plait.results.records import Result
@@ -138,6 +139,9 @@ def make_plan(inventory: Inventory, *, workers: int, written: bool = True) -> Me
     collect(PlanError, problems, "this merge cannot be done")
     towers = towers_of(inventory.layouts)
     modules = tuple(_plan_module(inventory, method, pipeline, path, layout, towers) for path, layout in kept.items())
+    if recipe.factor == 0 or not any(weight for m in modules for weight in m.weights.values()):
+        what = "scale is 0" if recipe.factor == 0 else "every weight is 0"
+        announce(f"{what}: the merged deltas are zero, and change nothing of the base model.", once="a merge of zeros")
     ranks = {m.target: m.rank for m in modules if m.rank is not None}
     rank = uniform_rank(ranks, kept) if len(ranks) == len(modules) else None
     return MergePlan(

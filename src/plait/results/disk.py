@@ -6,11 +6,14 @@ import errno
 import os
 import re
 import shutil
+import sys
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 from plait.errors import DISK_FAULTS, DISK_FULL, OutputError, PlaitError
+from plait.folders import LONGEST_NAME
 
 #: What libraries written in Rust say of the system's error, and what torch says whose archive could not be written to its end.
 _NUMBER, _CUT_OFF = re.compile(r"\(os error (\d+)\)"), re.compile(r"inline_container\.cc|PytorchStreamWriter failed")
@@ -80,10 +83,43 @@ def full_disk(error: BaseException) -> str | None:
     return None
 
 
+def writing_problem(place: Path) -> str | None:
+    """Return why nothing can be written in a folder, or why it cannot be made where it is not there; nothing is made.
+
+    Args:
+        place: what is there, if anything, is a folder or a link to one.
+
+    Returns:
+        Words that follow "cannot be written: "; None where it can be.
+
+    Raises:
+        OSError: the system does not let one look.
+    """
+    place = place.absolute()
+    there = next(p for p in (place, *place.parents) if os.path.lexists(p))
+    if not there.exists():
+        return f"{there} is a symbolic link that leads nowhere"
+    if not there.is_dir():
+        return f"{there} is not a folder"
+    if hasattr(os, "statvfs") and os.statvfs(there).f_flag & os.ST_RDONLY:
+        return f"{there} is on a file system that is read-only"
+    if not os.access(there, os.W_OK | os.X_OK):
+        return f"no permission to write in {there}"
+    if any(len(os.fsencode(name)) > LONGEST_NAME for name in place.relative_to(there).parts):
+        return f"a name in it has more than {LONGEST_NAME} bytes"
+    if shutil.disk_usage(there).total == 0:  # none of its own, as in memory; or of a system's values, such as /proc
+        try:
+            Path(tempfile.mkdtemp(prefix=".plait-", dir=there)).rmdir()
+        except OSError:
+            return f"{there} is on a file system that takes no new files"
+    return None
+
+
 def free_space(folder: Path) -> tuple[Path, int]:
     """Return the existing folder whose file system an output will be on, and the bytes that are free there."""
     place = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
-    return place, shutil.disk_usage(place).free
+    disk = shutil.disk_usage(place)
+    return place, disk.free if disk.total else sys.maxsize  # one of no size does not say how much it takes
 
 
 def check_space(out: Path, needed: int, *, what: str, on: Path | None = None, advice: str) -> None:
@@ -130,4 +166,6 @@ def check_not_an_input(out: Path | None, inputs: Mapping[str, Path], *, command:
 
 
 def _size(number: int) -> str:
-    return f"{number / 1e9:.2f} GB" if number >= 1e9 else f"{number / 1e6:.0f} MB"
+    if number >= 1e9:
+        return f"{number / 1e9:.2f} GB"
+    return f"{number / 1e6:.0f} MB" if number >= 1e6 else f"{number / 1e3:.1f} kB"

@@ -24,7 +24,7 @@ from pathlib import Path
 from plait.errors import AdapterError, OutputError, PlaitError, collect, listed
 from plait.folders import entries, file_in, file_name_problem
 from plait.notices import announce
-from plait.results.disk import write_failure
+from plait.results.disk import write_failure, writing_problem
 from plait.results.lock import LOCK, read_lock
 from plait.results.locking import has_locks
 
@@ -65,17 +65,10 @@ def output_problem(folder: Path, *, force: bool) -> str | None:
     if problem := place_problem(folder):
         return problem
     try:
-        if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
-            return f"{folder} exists and is not a folder. Choose another output."
-        above = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
-        if not above.is_dir():
-            return f"{folder}: {above} is not a folder. Choose another output."
-        if taken := _taken(folder, force=force):
-            return taken
-        place = _working_folder(folder)
-        place = next(p for p in (place, *place.parents) if p.exists())
-        if not os.access(place, os.W_OK | os.X_OK):
-            return f"{folder} cannot be written: no permission to write in {place}. Choose another output."
+        if problem := kind_problem(folder) or _taken(folder, force=force):
+            return problem
+        if problem := writing_problem(_working_folder(folder) if folder.exists() else folder):
+            return f"{folder} cannot be written: {problem}. Choose another output."
     except OSError as error:
         return f"{folder} cannot be written: {error.strerror or error}."
     return None
@@ -96,6 +89,22 @@ def place_problem(place: Path) -> str | None:
     except OSError as error:
         return f"{place} cannot be written: {error.strerror or error}. Choose another output."
     return None
+
+
+def kind_problem(place: Path, what: str = "output") -> str | None:
+    """Return why what is at a path is not a folder that may be replaced by another; None where it is, or nothing is there.
+
+    Args:
+        place: where a result is to be.
+        what: it is called.
+    """
+    if not place.is_symlink():
+        return f"{place} exists and is not a folder. Choose another {what}." if place.exists() and not place.is_dir() else None
+    target = os.path.realpath(place)
+    if place.is_dir():
+        return f"{place} is a symbolic link, and a result takes the place of what is there: give the folder itself, {target}."
+    there = "which is not a folder" if place.exists() else "where nothing is"
+    return f"{place} is a symbolic link to {target}, {there}. Choose another {what}."
 
 
 def _taken(folder: Path, *, force: bool) -> str | None:

@@ -17,10 +17,11 @@ from plait.hub.task_adapters import ADAPTER
 from plait.notices import announce
 from plait.parsing import read_object, shown
 from plait.results.checks import check_files
+from plait.results.disk import writing_problem
 from plait.results.lock import read_lock
 from plait.results.locking import lock_holder, locked
 from plait.results.records import read_earlier
-from plait.results.staging import output_problem, place_problem
+from plait.results.staging import kind_problem, output_problem, place_problem
 from plait.results.writing import write_json_atomic
 from plait.training.job import FINAL_MODEL, ResolvedJob, TrainingRecord
 
@@ -121,14 +122,10 @@ def folder_problem(out: Path, opened: ResolvedJob | None, *, force: bool) -> str
 
 
 def _place_problem(out: Path) -> str | None:
-    if problem := place_problem(out):
+    if problem := place_problem(out) or kind_problem(out, "output folder"):
         return problem
-    if out.is_symlink() or (out.exists() and not out.is_dir()):
-        return f"{out} exists and is not a folder. Choose another output folder."
-    above = next(p for p in (out.absolute(), *out.absolute().parents) if p.exists())
-    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
-        return f"{out} cannot be written: {above} is not a folder that may be written. Choose another output folder."
-    return None
+    problem = writing_problem(out)
+    return f"{out} cannot be written: {problem}. Choose another output folder." if problem else None
 
 
 def is_main_process() -> bool:

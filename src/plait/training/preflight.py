@@ -21,7 +21,7 @@ from plait.libraries.transformers.quiet import silence
 from plait.parsing import read_object
 from plait.reports.losses import CURVES
 from plait.reports.pipeline import page_problem
-from plait.results.staging import output_problem, place_problem
+from plait.results.staging import kind_problem, output_problem, place_problem
 from plait.tasks.examples import read_examples
 from plait.training.encoding import EncodedSplits
 from plait.training.folder import TRAINING_RECORD, finished, folder_problem, last_checkpoint, named_checkpoint
@@ -207,8 +207,8 @@ def _in_the_way(out: Path) -> Iterator[tuple[Path, str]]:
     if problem := place_problem(out):
         yield out, problem.removeprefix(f"{out} ")
         return
-    if out.exists() and not out.is_dir():
-        yield out, "exists and is not a folder. Choose another output folder."
+    if not out.is_dir() and (problem := kind_problem(out, "output folder")):
+        yield out, problem.removeprefix(f"{out} ")
         return
     for path in (out / name for name in _FOLDERS):
         if path.exists() and not path.is_dir():
