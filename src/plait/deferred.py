@@ -8,23 +8,44 @@ replaces `import numpy as np`; `Tensor` is for annotations alone. What defines l
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 __all__ = ["Tensor", "np", "torch"]
 
 
-def _import_torch() -> ModuleType:
+def import_torch() -> ModuleType:
     """Import it without collections, which take a tenth of the time and find nothing."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
-        import torch
+        with _existing_folder():
+            import torch
     finally:
         if was_enabled:
             gc.enable()
     return torch
+
+
+@contextmanager
+def _existing_folder() -> Iterator[None]:
+    """Work in the root folder where the working directory is gone: torch, imported there, ends the process as it computes."""
+    try:
+        Path.cwd()
+    except OSError:
+        handle = os.open(".", os.O_RDONLY)
+        try:
+            os.chdir("/")
+            yield
+            os.fchdir(handle)
+        finally:
+            os.close(handle)
+    else:
+        yield
 
 
 def _import_numpy() -> ModuleType:
@@ -49,4 +70,4 @@ else:
             self.__dict__ = vars(module)  # from now on its names are looked up as in the module itself
             return getattr(module, name)
 
-    np, torch = _Deferred(_import_numpy), _Deferred(_import_torch)
+    np, torch = _Deferred(_import_numpy), _Deferred(import_torch)

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from io import BufferedReader
 from pathlib import Path
 
+from plait.errors import AddressError
 from plait.parsing import opened
 
 LONGEST_NAME = 255  # bytes of a name, on every common file system
@@ -29,6 +30,36 @@ class OutsideError(OSError):
 def expanded(path: str | Path) -> Path:
     """Return a path with the home folder for `~`; that of a user who does not exist stays, and leads nowhere."""
     return Path(os.path.expanduser(path))  # noqa: PTH111  (Path.expanduser raises RuntimeError)
+
+
+def absolute(path: str | Path, start: Path | None = None) -> Path:
+    """Return a path that means the same in any working directory; links and `..` stay in it.
+
+    Args:
+        path: as its user wrote it, or a part of it.
+        start: the folder that a relative path starts from; the working directory when None, and where it is relative itself.
+
+    Raises:
+        AddressError: it is relative, and the working directory does not exist any more.
+    """
+    place = (start or Path()) / path
+    try:
+        return place.absolute()
+    except OSError as error:
+        why = f"cannot be read ({error.strerror or error})"
+        gone = "does not exist any more" if isinstance(error, FileNotFoundError) else why
+        raise AddressError(
+            f"the working directory {gone}, and {str(place)!r} starts there. Change to a folder that exists (cd), or give "
+            "complete paths."
+        ) from None
+
+
+def working_folder() -> Path:
+    """Return the working directory; the empty path where it does not exist any more: `absolute` refuses what starts there."""
+    try:
+        return Path.cwd()
+    except OSError:
+        return Path()
 
 
 def file_name_problem(name: str) -> str | None:

@@ -13,6 +13,7 @@ from plait.calibration.search import FoundValues, find_values
 from plait.calibration.texts import answer_problem, describe_counts
 from plait.errors import OutputError, PlanError, TaskError, collect
 from plait.extras import require
+from plait.folders import absolute
 from plait.hub.pretrained import LoadOptions
 from plait.merging.inventory import take_inventory
 from plait.merging.moments import MomentsOf, not_taken_yet
@@ -142,6 +143,6 @@ def _with_moments(
         fresh = [a.name for a in taken if not a.reused]
     how = f"taken now on {describe_counts(request.texts)}" if fresh else "taken by an earlier run on the same texts"
     announce(f"second moments of {', '.join(names)}, {how}, are kept in {STORE}.")
-    home = STORE if folder is None else STORE.absolute()
+    home = STORE if folder is None else absolute(STORE)
     entries = (e.model_copy(update={"moments": str(home / names[e.name])}) for e in recipe.adapters)
     return recipe.changed(*(("adapters", i, "moments") for i in range(len(names))), adapters=tuple(entries))

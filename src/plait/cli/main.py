@@ -9,8 +9,9 @@ import re
 import sys
 import traceback
 import warnings
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from functools import cache
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -42,7 +43,9 @@ from plait.cli.unbake import unbake
 from plait.cli.usage import explain_usage
 from plait.cli.variables import forget_impossible_widths, is_asked, unknown_variables
 from plait.cli.verify import verify
+from plait.deferred import import_torch
 from plait.errors import PlaitError
+from plait.folders import working_folder
 from plait.notices import PlaitWarning
 from plait.version import __version__
 
@@ -214,6 +217,8 @@ def _run(arguments: list[str], asked: Collection[str]) -> int:
     wants_traceback = bool({"traceback", "verbose"} & {*asked})
     try:
         with warnings_as_notes(PlaitWarning), stoppable():
+            if working_folder() == Path():  # whoever needs it next would import it here
+                import_torch()
             if "verbose" not in asked:
                 _hide_deprecations()
             if any(name.startswith("PLAIT_") for name in os.environ):
@@ -248,12 +253,22 @@ def _failure_of_a_file(error: Exception) -> PlaitError | None:
 
     Files are looked at when a plan is made. A disk that fails later, or a file that is deleted, is met by whoever comes next.
     """
-    if not isinstance(error, OSError) or error.errno is None or not isinstance(error.filename, (str, bytes, os.PathLike)):
+    if working_folder() == Path() and any(isinstance(e, FileNotFoundError) and e.filename is None for e in _led_to(error)):
+        failure = PlaitError("the working directory does not exist any more, and is needed here. Change to one that does (cd).")
+    elif isinstance(error, OSError) and error.errno is not None and isinstance(error.filename, (str, bytes, os.PathLike)):
+        failure = PlaitError(f"{os.fsdecode(error.filename)}: {error.strerror or error}.")
+    else:
         return None
-    failure = PlaitError(f"{os.fsdecode(error.filename)}: {error.strerror or error}.")
     for note in getattr(error, "__notes__", ()):  # on what is kept
         failure.add_note(note)
     return failure
+
+
+def _led_to(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield an error, and those that led to it: libraries raise others for what they cannot import."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 def _translated(arguments: list[str]) -> list[str]:

@@ -12,7 +12,7 @@ from plait.commands.request import Request, check_texts
 from plait.errors import RecipeError
 from plait.evaluation.request import eval_spec
 from plait.extras import require
-from plait.folders import expanded
+from plait.folders import absolute, expanded
 from plait.hub.pretrained import LoadOptions
 from plait.mixer.runs import is_run, recipe_of_run
 from plait.mixture.loading import check_loading
@@ -81,7 +81,7 @@ class MixOrder:
             )
         recipe, folder = recipe_of_run(self._run)
         if (base := self.request.given.get("base_model")) is not None:
-            recipe = recipe.changed(base_model=str(expanded(base).absolute()) if expanded(base).exists() else base)
+            recipe = recipe.changed(base_model=str(absolute(expanded(base))) if expanded(base).exists() else base)
         return self.request.with_tasks(recipe), folder
 
     def check(self) -> None:

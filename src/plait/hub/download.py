@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from plait.errors import AddressError, did_you_mean, join_words, listed
-from plait.folders import expanded
+from plait.folders import absolute, expanded, working_folder
 from plait.hub.client import explain_failure
 from plait.hub.pipelines import PIPELINE_INDEX, pipeline_files
 from plait.hub.references import Reference, parse_reference
@@ -157,7 +157,7 @@ def folder_at_hand(text: str, *, commit: str | None = None) -> Path | None:
     try:
         reference = parse_reference(text, allow_task=False)
         if reference.path is not None:
-            folder = Path.cwd() / expanded(reference.path)
+            folder = absolute(expanded(reference.path))
             return folder if folder.is_dir() else None
         if commit is not None:
             reference = Reference(repo=reference.repo, revision=commit, subfolder=reference.subfolder)
@@ -242,7 +242,7 @@ def _located(reference: Reference, snapshot: Path) -> Located:
 def _local_place(reference: Reference, base: Path | None, suffixes: tuple[str, ...]) -> Located:
     """Return a local folder, or a file whose name ends in one of some suffixes."""
     try:
-        place = Path.cwd() / (base or Path()) / expanded(reference.path or "")
+        place = absolute(expanded(reference.path or ""), base)
         if place.suffix in suffixes and place.is_file():
             return Located(folder=place.parent, file=place.name)
     except OSError as error:
@@ -254,7 +254,7 @@ def _local_folder(reference: Reference, base: Path | None, *, recipe: bool) -> P
     """Return a local folder; `recipe`: a recipe might be meant."""
     path = reference.path or ""
     try:
-        folder = Path.cwd() / (base or Path()) / expanded(path)
+        folder = absolute(expanded(path), base)
         if folder.is_dir():
             return folder
         exists = folder.exists()
@@ -350,7 +350,7 @@ def _offline_reason(error: Exception, reference: Reference, base: Path | None) -
 
     repo = reference.repo or ""
     if "/" not in repo:  # a folder that is not there, far more likely than one of the Hub's few models without an owner
-        where = Path.cwd() / (base or Path())
+        where = working_folder() / (base or Path())
         answer = "has no such model either" if isinstance(error, RepositoryNotFoundError) else "could not be asked for one"
         found = f"{reference.address!r}: there is no folder {str(where / repo)!r}.{did_you_mean(repo, _folders(where))}"
         return f"{found} (Models of the Hub are called org/name; it {answer}.)"
@@ -358,7 +358,7 @@ def _offline_reason(error: Exception, reference: Reference, base: Path | None) -
     if isinstance(error, RevisionNotFoundError):
         return message + _revisions(repo, reference.revision or "")
     if isinstance(error, RepositoryNotFoundError) and not isinstance(error, GatedRepoError):
-        return f"{message} Nor is there a folder {reference.address!r} in {base or Path.cwd()}."
+        return f"{message} Nor is there a folder {reference.address!r} in {base or working_folder()}."
     return message
 
 

@@ -21,7 +21,7 @@ from typing import Self
 from pydantic import field_validator, model_validator
 
 from plait.errors import AddressError, collect, did_you_mean
-from plait.folders import expanded
+from plait.folders import absolute, expanded, working_folder
 from plait.hub.task_adapters import task_adapter, task_of
 from plait.records import Record
 
@@ -155,7 +155,7 @@ def parse_reference(text: str, *, base: Path | None = None, allow_bare: bool = F
     if "://" in address:
         raise AddressError(f"{text!r} is a web address.{_write_instead(address)} Allowed: {FORMS}.")
     if allow_task and not allow_bare and (found := task_adapter(address, base)) is not None:
-        return Reference(name=name, path=Path(os.path.relpath(found, (base or Path()).absolute())).as_posix())
+        return Reference(name=name, path=Path(os.path.relpath(found, absolute(base or Path()))).as_posix())
     match = _HUB.fullmatch(address) or (_BARE.fullmatch(address) if allow_bare else None)
     if match is None:
         raise AddressError(_neither(text, address, base))
@@ -224,7 +224,7 @@ def _exists(address: str, base: Path | None) -> bool:
 
 
 def _neither(text: str, address: str, base: Path | None) -> str:
-    folder = base or Path.cwd()
+    folder = base or working_folder()
     try:
         near = did_you_mean(address, sorted(entry.name for entry in folder.iterdir() if entry.is_dir()))
     except OSError:
@@ -244,7 +244,7 @@ def _write_instead(address: str) -> str:
 
 def _path_parts(path: str, base: Path | None) -> list[str]:
     parts: list[str] = []
-    for part in (Path.cwd() / (base or Path()) / expanded(path)).parts[1:]:
+    for part in absolute(expanded(path), base).parts[1:]:
         # `..` is taken away by name: following a link would call `latest` by the run it points to.
         if part != "..":
             parts.append(part)

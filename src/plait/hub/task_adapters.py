@@ -12,7 +12,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from plait.errors import AddressError, listed
-from plait.folders import file_name_problem
+from plait.folders import absolute, file_name_problem
 from plait.notices import announce
 from plait.parsing import read_object
 
@@ -32,8 +32,10 @@ def task_adapter(task: str, base: Path | None = None) -> Path | None:
     Raises:
         AddressError: the task is known, and its registry names no adapter, or more than one.
     """
-    start = (base or Path()).absolute()
-    if not task or file_name_problem(task) or "/" in task or (start / task).exists():
+    if not task or file_name_problem(task) or "/" in task:
+        return None
+    start = absolute(task, base).parent
+    if (start / task).exists():
         return None
     folders = (place / ARTIFACTS / task / ADAPTERS for place in (start, *start.parents))
     adapters = next((folder for folder in folders if folder.is_dir()), None)

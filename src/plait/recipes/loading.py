@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from plait.errors import AddressError, RecipeError
-from plait.folders import expanded
+from plait.folders import absolute, expanded, working_folder
 from plait.notices import frames_within
 from plait.parsing import read_text, shown, text_problem
 from plait.recipes.documents import YamlDocument, open_document, read_document
@@ -103,7 +103,7 @@ def migrate_file(file: str | Path) -> tuple[str, list[str]]:
         RecipeError: it cannot be read, a part of it has no counterpart, or it is not valid.
     """
     path = expanded(file)
-    document, folder = open_document(path), path.absolute().parent
+    folder, document = absolute(path).parent, open_document(path)
     _, notes = _resolve(document, str(file), folder, ())
     if not notes:
         forms = () if "version" in document.data else RECIPE_FORMS
@@ -121,10 +121,10 @@ def _warn(notes: list[Warning]) -> None:
 
 def _read(path_or_text: str | Path, overrides: Overrides) -> tuple[LoadedRecipe, list[Warning]]:
     if _is_text(path_or_text):
-        document, source, folder = read_document(str(path_or_text), "recipe"), "recipe", Path.cwd()
+        document, source, folder = read_document(str(path_or_text), "recipe"), "recipe", working_folder()
     else:
         path = expanded(path_or_text)
-        document, source, folder = open_document(path), str(path_or_text), path.absolute().parent
+        folder, document, source = absolute(path).parent, open_document(path), str(path_or_text)
     recipe, notes = _resolve(document, source, folder, overrides)
     return LoadedRecipe(recipe, folder), notes
 

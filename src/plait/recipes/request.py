@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from plait.errors import AddressError, RecipeError, collect
-from plait.folders import expanded
+from plait.folders import absolute, expanded
 from plait.hub.references import parse_reference
 from plait.parsing import DOCUMENT_SUFFIXES
 from plait.recipes.importers.other_tools import keyword_hints
@@ -70,7 +70,7 @@ def read_request(
         pairs = weights.items() if isinstance(weights, dict) else enumerate(weights)
         overrides += [(f"adapters.{key}.weight", weight) for key, weight in pairs]
     recipe, folder = read_recipe(file, overrides=overrides)
-    return _with_moments(recipe, settings.get("moments"), absolute=True), folder
+    return _with_moments(recipe, settings.get("moments"), from_here=True), folder
 
 
 def extend_request(
@@ -136,7 +136,7 @@ def _from_here(text: str, *, allow_bare: bool = False) -> str:
     if reference.path is None:
         return text
     name = f"{reference.name}=" if reference.name else ""
-    return name + str(expanded(reference.path).absolute())
+    return name + str(absolute(expanded(reference.path)))
 
 
 def _overrides(settings: Mapping[str, Any]) -> list[tuple[str, Any]]:
@@ -161,13 +161,13 @@ def _overrides(settings: Mapping[str, Any]) -> list[tuple[str, Any]]:
     return found
 
 
-def _with_moments(recipe: Recipe, given: Any, *, absolute: bool = False) -> Recipe:
+def _with_moments(recipe: Recipe, given: Any, *, from_here: bool = False) -> Recipe:
     """Return the recipe with files of second moments: `<name>.safetensors` in a folder, or name → file.
 
     Args:
         recipe: what is asked for.
         given: folder or files; None for those that the recipe has.
-        absolute: next to a recipe's file relative paths would start at its folder.
+        from_here: next to a recipe's file relative paths would start at its folder.
     """
     if given is None:
         return recipe
@@ -181,7 +181,7 @@ def _with_moments(recipe: Recipe, given: Any, *, absolute: bool = False) -> Reci
         raise RecipeError(
             f"moments: {', '.join(map(repr, unknown))} is not an adapter of this merge; there are {', '.join(names)}."
         )
-    texts = {name: str(expanded(file).absolute() if absolute else file) for name, file in files.items()}
+    texts = {name: str(absolute(expanded(file)) if from_here else file) for name, file in files.items()}
     entries = (entry.model_copy(update={"moments": texts.get(entry.name, entry.moments)}) for entry in recipe.adapters)
     return recipe.changed(*(("adapters", i, "moments") for i in range(len(names))), adapters=tuple(entries))
 

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from plait.errors import DISK_FAULTS, DISK_FULL, OutputError, PlaitError
-from plait.folders import LONGEST_NAME
+from plait.folders import LONGEST_NAME, absolute
 
 #: What libraries written in Rust say of the system's error, and what torch says whose archive could not be written to its end.
 _NUMBER, _CUT_OFF = re.compile(r"\(os error (\d+)\)"), re.compile(r"inline_container\.cc|PytorchStreamWriter failed")
@@ -95,7 +95,7 @@ def writing_problem(place: Path) -> str | None:
     Raises:
         OSError: the system does not let one look.
     """
-    place = place.absolute()
+    place = absolute(place)
     there = next(p for p in (place, *place.parents) if os.path.lexists(p))
     if not there.exists():
         return f"{there} is a symbolic link that leads nowhere"
@@ -117,7 +117,7 @@ def writing_problem(place: Path) -> str | None:
 
 def free_space(folder: Path) -> tuple[Path, int]:
     """Return the existing folder whose file system an output will be on, and the bytes that are free there."""
-    place = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+    place = next(p for p in (absolute(folder), *absolute(folder).parents) if p.exists())
     disk = shutil.disk_usage(place)
     return place, disk.free if disk.total else sys.maxsize  # one of no size does not say how much it takes
 

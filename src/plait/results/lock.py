@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, Field, model_validator
 
 from plait.errors import AdapterError
-from plait.folders import entries, file_in, file_name_problem
+from plait.folders import absolute, entries, file_in, file_name_problem
 from plait.hub.download import Located
 from plait.parsing import as_record, read_object, shown
 from plait.records import Record
@@ -146,6 +146,7 @@ def read_lock(folder: Path, *, advice: str = "Make the result again.") -> Lock:
     path = folder / LOCK
     try:
         if not folder.is_dir():
+            absolute(folder)  # or there is no working directory that it could be in
             raise AdapterError(f"{folder}: there is no such folder. Give the folder of a merge, a bake or an extraction.")
         if not os.path.lexists(path):
             held = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
@@ -219,7 +220,7 @@ def relative_path(path: Path, folder: Path) -> str:
     """Return a path from a folder, links resolved: a tree can then move as a whole, and no home folder is published."""
     try:
         text = Path(os.path.relpath(path.resolve(), folder.resolve())).as_posix()
-    except ValueError:  # another drive
+    except (ValueError, FileNotFoundError):  # another drive, or a working directory that does not exist any more
         return path.resolve().as_posix()
     return text if text.startswith("..") else f"./{text}"
 

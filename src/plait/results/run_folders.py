@@ -7,14 +7,16 @@ from itertools import count
 from pathlib import Path
 
 from plait.errors import OutputError
+from plait.folders import absolute
 
 
 def new_run_folder(runs: Path) -> Path:
     """Make a folder `run_<time>` in `runs` that no other process has.
 
     Raises:
-        OutputError: it cannot be written.
+        PlaitError: it cannot be written.
     """
+    absolute(runs)  # or there is no working directory that it could be in
     stamp = datetime.now().strftime("run_%Y%m%d_%H%M%S")
     for number in count(1):
         folder = runs / (stamp if number == 1 else f"{stamp}-{number}")

@@ -21,8 +21,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from plait.errors import AdapterError, OutputError, PlaitError, collect, listed
-from plait.folders import entries, file_in, file_name_problem
+from plait.errors import AdapterError, AddressError, OutputError, PlaitError, collect, listed
+from plait.folders import absolute, entries, file_in, file_name_problem
 from plait.notices import announce
 from plait.results.disk import write_failure, writing_problem
 from plait.results.lock import LOCK, read_lock
@@ -80,7 +80,11 @@ def place_problem(place: Path) -> str | None:
         return f"{str(place)!r} holds a NUL character. Choose another output."
     if str(place).startswith("~"):
         return f"{place}: '~' is not expanded here. Write the complete path, such as {Path.home() / 'merged'}."
-    if os.path.realpath(place) == place.absolute().anchor:
+    try:
+        whole = absolute(place)
+    except AddressError as error:  # of the working directory
+        return str(error)
+    if os.path.realpath(whole) == whole.anchor:
         return f"{place} is the root of the file system. Choose another output."
     try:
         os.lstat(place)

@@ -13,7 +13,7 @@ from plait.evaluation.candidates import base_candidate, merge_key
 from plait.evaluation.pipeline import EvalSubject, EvaluateOptions, Evaluator, recipe_evaluator
 from plait.evaluation.scores import digest
 from plait.evaluation.workspace import check_index
-from plait.folders import expanded
+from plait.folders import absolute, expanded
 from plait.hub.pretrained import LoadOptions
 from plait.hub.references import parse_reference
 from plait.merging.inventory import Inventory
@@ -199,15 +199,15 @@ class Sweep:
                 update={
                     "path": entry.path
                     if parse_reference(entry.path, base=start).path is None
-                    else str((start / expanded(entry.path)).absolute()),
-                    "moments": None if entry.moments is None else str((start / expanded(entry.moments)).absolute()),
+                    else str(absolute(expanded(entry.path), start)),
+                    "moments": None if entry.moments is None else str(absolute(expanded(entry.moments), start)),
                 }
             )
             for entry in recipe.adapters
         )
         base = recipe.base_model
         if base is not None and (start / expanded(base)).is_dir():
-            base = str((start / expanded(base)).absolute())
+            base = str(absolute(expanded(base), start))
         tasks = tuple(absolute_reference(task, start) for task in recipe.tasks)
         return recipe.model_copy(update={"adapters": entries, "base_model": base, "tasks": tasks, "search": SearchSpec()})
 

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from plait.errors import PlaitError, TaskError, collect, did_you_mean, join_words
-from plait.folders import expanded, one_file
+from plait.folders import absolute, expanded, one_file, working_folder
 from plait.recipes.documents import YamlDocument, open_document
 from plait.recipes.file_kinds import refuse_other_kind
 from plait.recipes.paths import Plain, get_item
@@ -33,7 +33,8 @@ def load_task(path: str | Path) -> Task:
     if _is_harness(path):
         return _without_file(str(path))
     file = expanded(path)
-    return build_task(open_document(file, error=TaskError), source=str(path), folder=file.absolute().parent)
+    folder = absolute(file).parent
+    return build_task(open_document(file, error=TaskError), source=str(path), folder=folder)
 
 
 def load_tasks(
@@ -89,7 +90,7 @@ def absolute_reference(reference: str | Path, folder: Path | None = None) -> str
         reference: a file, or `lm_eval:NAME`.
         folder: where a relative path starts; the working directory when None.
     """
-    return str(reference) if _is_harness(reference) else str(((folder or Path()) / expanded(reference)).absolute())
+    return str(reference) if _is_harness(reference) else str(absolute(expanded(reference), folder))
 
 
 def build_task(document: YamlDocument, *, source: str = "task", folder: Path | None = None) -> Task:
@@ -119,7 +120,7 @@ def build_task(document: YamlDocument, *, source: str = "task", folder: Path | N
     if not isinstance(family, str) or family not in KINDS:
         origins.refuse([*document.problems, _bad_kind(kind)])
     model = KINDS[str(family)]
-    task, problems = validate(model, _placed(data, folder or Path.cwd()))
+    task, problems = validate(model, _placed(data, folder or working_folder()))
     name, has_own = data.get("metric"), model.model_fields["metric"].default is None
     if isinstance(name, str) and not has_own and name not in metrics_of(model, str(family)):
         problems.append(Problem(("metric",), f"metric {not_a_metric(model, str(family), name)}"))
@@ -147,10 +148,10 @@ def _placed(data: Mapping[str, Plain], folder: Path) -> dict[str, Plain]:
     """Make paths absolute, so that the task means the same in any working directory."""
     found = dict(data)
     if isinstance(path := get_item(data.get("data"), "path"), str) and path:
-        found["data"] = {**data["data"], "path": str((folder / expanded(path)).absolute())}
+        found["data"] = {**data["data"], "path": str(absolute(expanded(path), folder))}
     for key in ("include", "spellings"):
         if isinstance(path := data.get(key), str) and path:
-            found[key] = str((folder / expanded(path)).absolute())
+            found[key] = str(absolute(expanded(path), folder))
     return found
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from plait.errors import AddressError, PlaitError, RecipeError, join_words
-from plait.folders import expanded, one_file
+from plait.folders import absolute, expanded, one_file, working_folder
 from plait.hub.references import parse_reference
 from plait.hub.task_adapters import ADAPTER, PHASES
 from plait.methods import METHODS
@@ -64,19 +64,19 @@ def read_phases(
     Raises:
         RecipeError: it is not valid; all that is wrong is listed with its line.
     """
-    out = expanded(out).absolute()
+    out = absolute(expanded(out))
     if isinstance(source, Mapping):
-        document, name, folder = YamlDocument(plain_data(source, "the phases"), {}), "the phases", Path.cwd()
+        document, name, folder = YamlDocument(plain_data(source, "the phases"), {}), "the phases", working_folder()
     else:
         file = expanded(source)
-        document, name, folder = open_document(file, source=str(source)), str(source), file.absolute().parent
+        folder, document, name = absolute(file).parent, open_document(file, source=str(source)), str(source)
     if not isinstance(document.data, Mapping) or not document.data:
         raise RecipeError(f"{name}: phases are a mapping (key: value) with at least 'base_model' and 'phases'.")
     refuse_other_kind(document.data, "a file of phases", name)
     overrides = [(key, plain_data(value, "the phases")) for key, value in (settings or {}).items()]
     if base:  # a local path starts here; in the file, relative ones start at its folder
         reference = parse_reference(base, allow_bare=True)
-        overrides.append(("base_model", base if reference.path is None else str(expanded(reference.path).absolute())))
+        overrides.append(("base_model", base if reference.path is None else str(absolute(expanded(reference.path)))))
     overrides += map(parse_override, sets)
     data, overridden, dead_ends = set_values(document.data, overrides)
     data, tasks, bad_tasks = _name_phases(data, folder)
@@ -109,7 +109,7 @@ def _name_phases(data: Mapping[str, Plain], folder: Path) -> tuple[dict[str, Pla
         entry = {"task": given} if isinstance(given, str) else given
         text = get_item(entry, "task")
         if isinstance(text, str) and text:
-            file = (folder / expanded(text)).absolute()
+            file = absolute(expanded(text), folder)
             entry = {**entry, "task": str(file)}
             try:
                 tasks[i] = load_task(file)
@@ -240,7 +240,7 @@ def _base(text: str, folder: Path) -> tuple[str, list[Problem]]:
         return text, [Problem(("base_model",), str(error))]
     if reference.path is None:
         return text, []
-    place = (folder / expanded(reference.path)).absolute()
+    place = absolute(expanded(reference.path), folder)
     if not (place / "config.json").is_file():
         return text, [Problem(("base_model",), f"{place}: there is no model (config.json). Give its folder, or org/repo.")]
     return str(place), []
@@ -279,7 +279,7 @@ def _job(phases: Phases, phase: Phase, task: Task | None, base: str, folder: Pat
     data = phase.data or TrainingData()
     if data.place is None:
         data = data.model_copy(update={"task": phase.task})
-    elif (place := (folder / expanded(data.place)).absolute()).exists() or is_local(data.place):  # else a data set on the Hub
+    elif (place := absolute(expanded(data.place), folder)).exists() or is_local(data.place):  # else a data set on the Hub
         data = data.model_copy(update={"place": str(place)})
     watched = task is not None and "validation" in task.split_names and arguments.get("eval_strategy", "no") != "no"
     return TrainingJob(
@@ -304,7 +304,7 @@ def _path(value: Any, folder: Path) -> Path | None:
     """Return the local path that an argument is, which may lead nowhere; None where it is another kind of value."""
     if not isinstance(value, str) or value.lower() in ("", "true", "false") or value.lstrip().startswith("{"):
         return None
-    place = (folder / expanded(value)).absolute()
+    place = absolute(expanded(value), folder)
     return place if place.exists() or is_local(value) or value.endswith(".jinja") else None
 
 

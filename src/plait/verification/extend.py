@@ -11,6 +11,7 @@ from typing import Any, get_args
 from plait.adapters.adapter import Adapter
 from plait.deferred import Tensor, torch
 from plait.errors import AdapterError, PlanError, RecipeError, listed
+from plait.folders import working_folder
 from plait.hub.references import parse_reference
 from plait.merging.combine import pipeline_of
 from plait.merging.inventory import open_adapters
@@ -97,7 +98,7 @@ def extend(
         name = entry["name"]
         source = lock.inputs[name]  # on the Hub, or from the working directory, so that no home folder is published
         moved = not source.repo or name in (inputs or {})
-        entry["path"] = relative_path(found[name].path, Path.cwd()) if moved else source.path
+        entry["path"] = relative_path(found[name].path, working_folder()) if moved else source.path
     base = found[BASE].folder if BASE in found else None
     return Extension(extend_request(earlier, add, settings, sets).written(_origins(folder)), base, ())
 
@@ -127,7 +128,7 @@ def _from_merged(folder: Path, lock: Lock, add: Adapters, settings: Mapping[str,
     linear = _is_exact(earlier) and _is_exact(every)
     factors = _factors(earlier, every, opened) if linear else _plain_factors(every, opened, len(earlier.adapters))
     name = parse_reference(str(folder)).default_name()
-    entries = [{"name": name, "path": relative_path(folder, Path.cwd())}, *(a.model_dump(mode="json") for a in new)]
+    entries = [{"name": name, "path": relative_path(folder, working_folder())}, *(a.model_dump(mode="json") for a in new)]
     data = recipe_json(every) | {"scale": 1.0, "adapters": entries} | ({"method": {"name": "linear"}} if linear else {})
     recipe = build_recipe(_weighed(data, factors), source="the request").written(_origins(folder))
     return Extension(recipe, None, (_relation(folder, every, exact=linear),))

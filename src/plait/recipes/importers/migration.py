@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from plait.errors import AddressError
+from plait.folders import working_folder
 from plait.hub.task_adapters import task_adapter
 from plait.recipes.importers.base import RecipeForm
 from plait.recipes.importers.entries import named_entry
@@ -326,7 +327,7 @@ class _Migration:
             self._note(*note)
 
     def _take_evaluation(self) -> None:
-        found = take_evaluation(self._data, self._folder or Path.cwd())
+        found = take_evaluation(self._data, self._folder or working_folder())
         given = self._data.get("eval")
         if "eval" in found.data and (given is None or isinstance(given, Mapping)):
             self._data["eval"] = {**(given or {}), **found.data.pop("eval")}
