@@ -208,7 +208,7 @@ class TestNumberedFiles:
         plait.merge([tmp_path / "a"], out=tmp_path / "out")
         assert exit_code("verify", tmp_path / "out") == 0
         (tmp_path / "a" / "adapter_model-00002-of-00002.safetensors").unlink()
-        missing = "an adapter in 2 files, of which adapter_model-00002-of-00002.safetensors is missing. Fetch it too."
+        missing = "an adapter in several files, of which adapter_model-00002-of-00002.safetensors is missing. Fetch it too."
         with pytest.raises(AdapterError, match=missing):
             Adapter.open(tmp_path / "a", "a")
         first = tmp_path / "a" / "adapter_model-00001-of-00002.safetensors"

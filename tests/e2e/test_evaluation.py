@@ -19,6 +19,7 @@ from plait.evaluation.session import AnswerSession
 from plait.mixture import Mixture
 from plait.notices import PlaitWarning
 from tests.command_line import exit_code
+from tests.every import begin_anew
 from tests.language_models import LABELS, WORDS, label, save_model, train_adapter, write_task
 
 # PEFT's and torch's own
@@ -347,6 +348,20 @@ def test_a_workspace_that_cannot_be_is_refused_before_anything_is_asked(prepared
     with pytest.raises(OutputError, match="no permission to write in"):
         prepared.evaluate(tmp_path / "work")
     assert sorted(tmp_path.iterdir()) == before, "nothing is made to find out"
+
+
+def test_a_merge_of_zeros_is_noted(prepared, tmp_path, capsys):
+    note = "note: every weight is 0: the merged deltas are zero, and change nothing of the base model."
+    assert exit_code(*prepared.arguments(tmp_path / "work"), "--weights", "0,0") == 0
+    assert capsys.readouterr().err.count(note) == 1
+    begin_anew()
+    adapters = [f"{name}={path}" for name, path in prepared.adapters.items()]
+    base = ["--base-id", str(prepared.base), "--weights", "0,0"]
+    assert exit_code("ask", "sort w1 :", *adapters, *base, "--max-new-tokens", "2") == 0
+    assert capsys.readouterr().err.count(note) == 1
+    begin_anew()
+    assert exit_code("bake", *adapters, *base, "-o", tmp_path / "baked", "--dry-run") == 0
+    assert capsys.readouterr().err.count(note) == 1
 
 
 def test_only_what_is_good_enough_is_saved(prepared, tmp_path, capsys):

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import sqlite3
+import warnings
 from pathlib import Path
 from typing import Any
 from weakref import WeakSet
@@ -21,9 +22,11 @@ from plait.adapters.adapter import Adapter
 from plait.errors import OutputError, PlanError, RecipeError, TaskError
 from plait.mixture import Mixture
 from plait.mixture.placing import PlacedMerge
+from plait.notices import PlaitWarning
 from plait.search.conclusion import SweepResult
 from plait.search.record import read_study
 from tests.command_line import exit_code
+from tests.every import begin_anew
 from tests.language_models import train_adapter
 from tests.searched import RANDOM, sweep, tried, write_tasks
 
@@ -228,16 +231,30 @@ def test_a_score_leaves_no_task_out(pair: Path, tmp_path: Path) -> None:
 def test_moments_are_taken_once_for_all_candidates(pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     search = {"grid": {"method": ["linear", "regmean"], "scale": [0.5, 1]}, "subset": {"max_samples": 12}, "race": False}
+    judged = {"subset": {"max_samples": 12}}
     with pytest.warns(UserWarning, match=r"second moments of sort, rate, taken now .* are kept in"):
-        found = sweep(pair, tmp_path / "study", search, calibration={"texts": "lines"})
+        found = sweep(pair, tmp_path / "study", search, calibration={"texts": "lines"}, eval=judged)
     assert [(r.params["method"], r.complete) for r in found.record.runs] == [
         ("linear", True), ("linear", True), ("regmean", True), ("regmean", True)
     ]  # fmt: skip
     assert len([*tmp_path.rglob("*.safetensors")]) == 2  # the moments
     assert all(Path(entry.moments or "").is_file() for entry in plait.load_recipe(tmp_path / "study" / "recipe.yaml").adapters)
     with pytest.warns(UserWarning, match="taken by an earlier run"):
-        again = sweep(pair, tmp_path / "study", search, calibration={"texts": "lines"})
+        again = sweep(pair, tmp_path / "study", search, calibration={"texts": "lines"}, eval=judged)
     assert tried(again.record) == tried(found.record)
+
+
+def test_a_subset_is_not_that_of_the_end(pair: Path, tmp_path: Path) -> None:
+    search = {**RANDOM, "budget": 1, "subset": {"max_samples": 4}}
+    count = sum(len((pair / task / "other.jsonl").read_text().splitlines()) for task in ("sort", "rate"))
+    with pytest.warns(PlaitWarning, match=rf"In the end the best, .* are asked all {count} examples of test; --eval-subset"):
+        sweep(pair, tmp_path / "study", search)
+    begin_anew()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", PlaitWarning)
+        found = sweep(pair, tmp_path / "other", search, eval={"subset": {"max_samples": 5}})
+        sweep(pair, tmp_path / "whole", {**RANDOM, "budget": 1})
+    assert found.record.post_sweep_eval is not None
 
 
 def test_what_else_is_refused(pair: Path, tmp_path: Path) -> None:

@@ -43,6 +43,20 @@ def test_what_would_happen(phases, capsys):
     assert "then: merge by ties in core, evaluate on 2 tasks" in out
 
 
+@pytest.mark.parametrize("width", ["20", "40", "60", "80"])
+def test_a_narrow_terminal_splits_no_word(phases, width, capsys, monkeypatch):
+    Path("base").unlink()
+    save_model(Path("base"))
+    monkeypatch.setenv("COLUMNS", "200")
+    _, wide, _ = command(capsys, "phases.yaml", "--dry-run")
+    monkeypatch.setenv("COLUMNS", width)
+    _, out, _ = command(capsys, "phases.yaml", "--dry-run")
+    words = {word.removesuffix(":") for word in out.split()}
+    assert {word.removesuffix(":") for word in wide.split()} - words <= {"phase"}, "a word is split"
+    assert all(len(line) <= int(width) for line in out.splitlines()[1:-1])  # but for lines that end in a path
+    assert ("  examples: 24" in out) is (int(width) < 60)
+
+
 def lora_of(base: str, r: int) -> dict[str, torch.Tensor]:
     from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 

@@ -23,7 +23,7 @@ from plait.inspection.compatibility import activation_problems, base_model_probl
 from plait.linalg.devices import device_problem
 from plait.merging.inventory import Inventory, naming_base, open_entries, take_inventory
 from plait.merging.moments import MomentsOf
-from plait.merging.plan import MergePlan, make_plan
+from plait.merging.plan import MergePlan, announce_zeros, make_plan
 from plait.recipes.schema import Output, Recipe
 from plait.records import Record
 from plait.tensorfiles.blocks import SHORT, TENSOR_BLOCK_ELEMENTS
@@ -205,6 +205,7 @@ def prepare_bake(
     if not options.full_tensors:
         inventory = replace(inventory, adapters=tuple(replace(a, full_tensors={}) for a in inventory.adapters))
     merge = make_plan(inventory, workers=workers, written=False)
+    announce_zeros(inventory.recipe, merge)
     full, problems = full_tensors(inventory.adapters, heads)
     problems += [*activation_problems(inventory.adapters), *replication_problems(inventory.adapters)]
     placement = place_deltas(inventory, merge, checkpoint, full)

@@ -14,6 +14,8 @@ from typing import Any, TextIO, cast
 
 from rich.console import Console, ConsoleOptions, OverflowMethod, RenderableType
 from rich.errors import MarkupError
+from rich.measure import Measurement
+from rich.padding import Padding
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -31,6 +33,9 @@ from rich.text import Text
 
 #: Characters that command a terminal or turn the direction of text; names of files and tensors may hold them.
 _COMMANDS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff]")
+
+
+_WIDEST = 100_000  # columns; a table is measured without a bound
 
 
 class _Verbosity:
@@ -112,6 +117,24 @@ def new_table(columns: Sequence[str], *, left: Collection[str], overflow: Overfl
     for name in columns:
         found.add_column(name, justify="left" if name in left else "right", overflow=overflow)
     return found
+
+
+def print_table(table: Table, console: Console) -> None:
+    """Print a table of text; where its longest words have no place next to each other a line per cell, by rows.
+
+    Args:
+        table: whose first column names the rows.
+        console: to print on.
+    """
+    if Measurement.get(console, console.options.update(max_width=_WIDEST), table).minimum <= console.width:
+        console.print(table)
+        return
+    first, *others = table.columns
+    for name, *cells in zip(*(column.cells for column in (first, *others)), strict=True):
+        console.print(name, style="bold")
+        for column, cell in zip(others, cells, strict=True):
+            if cell:
+                console.print(Padding(f"{column.header}: {cell}", (0, 0, 0, 2)))
 
 
 @contextmanager

@@ -106,7 +106,7 @@ def _kept(plan: TrainingPlan) -> str:
 
 def _show_forecast(plan: TrainingPlan, found: Sequence[Forecast]) -> None:
 
-    from plait.cli.console import new_table, out, print_notes, size
+    from plait.cli.console import new_table, out, print_notes, print_table, size
 
     lora = plan.phases[0].job.lora
     kind = "" if lora is None else f" · LoRA r {lora.r}, alpha {lora.alpha:g}, {found[0].parameters / 1e6:.2f} M parameters"
@@ -127,10 +127,11 @@ def _show_forecast(plan: TrainingPlan, found: Sequence[Forecast]) -> None:
         _tokens(sum(f.tokens for f in todo)),
         size(sum(f.bytes for f in todo)),
     )
-    out().print(table)
+    print_table(table, out())
     recipe = plan.recipe
     out().print(
-        f"then: merge by {recipe.method_name} in {recipe.space_name}, evaluate on {len(recipe.tasks)} tasks → {plan.out}"
+        f"then: merge by {recipe.method_name} in {recipe.space_name}, evaluate on {len(recipe.tasks)} tasks → {plan.out}",
+        soft_wrap=True,  # the path is not broken
     )
     print_notes(plan.notes)
 
@@ -142,7 +143,7 @@ def _tokens(count: int) -> str:
 
 def _show(result: TrainResult, place: Path) -> None:
 
-    from plait.cli.console import new_table, out
+    from plait.cli.console import new_table, out, print_table
     from plait.cli.evaluate import show_evaluation
 
     table = new_table(("phase", "state", "examples", "steps", "tokens", "seconds", "last loss"), left=("phase", "state"))
@@ -152,7 +153,7 @@ def _show(result: TrainResult, place: Path) -> None:
         seconds = "–" if p.seconds is None else f"{p.seconds:.1f}"
         loss = "–" if p.loss is None else f"{p.loss:.3f}"
         table.add_row(p.name, state, *("–" if n is None else str(n) for n in numbers), seconds, loss)
-    out().print(table)
+    print_table(table, out())
     if result.evaluation is not None:
         out().print()
         show_evaluation(result.evaluation)

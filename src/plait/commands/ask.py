@@ -27,6 +27,7 @@ from plait.extras import require
 from plait.hub.pretrained import LoadOptions
 from plait.inspection.doubts import adapter_doubts
 from plait.merging.inventory import naming_base, take_inventory
+from plait.merging.plan import announce_zeros, make_plan
 from plait.mixture.loading import check_loading
 from plait.results.progress import Progress, SilentProgress
 
@@ -103,6 +104,7 @@ class AskOrder:
             adapters = {a.name: a for a in inventory.adapters}
             with naming_base(recipe, inventory.adapters, given=self.load.base):
                 base, place = find_base(recipe.base_model, folder, inventory.adapters, self.load.base)
+            announce_zeros(recipe, make_plan(inventory, workers=1))
             merged = merge_candidate(inventory, adapters, workers=self.workers, progress=progress)
         live = LoadedBase(place.folder, inventory.adapters, with_used_dtype(self.load, place.folder), progress)
         respondents = [*base_and_singles(adapters), Respondent("merged", merged, recipe.heads.adapter)]

@@ -11,7 +11,7 @@ from plait.evaluation.pipeline import EvaluateOptions, recipe_evaluator
 from plait.evaluation.record import EVALUATION_VERSION, Bounds, Evaluation
 from plait.evaluation.workspace import check_index
 from plait.merging.inventory import take_inventory
-from plait.merging.plan import make_plan
+from plait.merging.plan import announce_zeros, make_plan
 from plait.recipes.evaluation import SplitName
 from plait.recipes.schema import Recipe
 from plait.records import Record
@@ -129,7 +129,7 @@ def compare_merges(
             completed[name] = complete(recipe)
             is_first = completed[name] is first.recipe
             inventories[name] = first if is_first else take_inventory(completed[name], folder)
-            make_plan(inventories[name], workers=1)
+            announce_zeros(completed[name], make_plan(inventories[name], workers=1))
         except (PlanError, TaskError) as error:
             inventories.pop(name, None)
             impossible[name] = str(error)

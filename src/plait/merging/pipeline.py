@@ -20,7 +20,7 @@ from plait.merging.heads import write_heads
 from plait.merging.inventory import Inventory, take_inventory
 from plait.merging.moments import MomentsOf, not_taken_yet
 from plait.merging.output_format import served_rank, writes_peft
-from plait.merging.plan import MergePlan, make_plan
+from plait.merging.plan import MergePlan, announce_zeros, make_plan
 from plait.merging.record import RunRecord, WrittenMerge, input_digests, make_lock, module_record, sources, write_records
 from plait.merging.side_by_side import SideBySide
 from plait.recipes.naming import naming_its_file
@@ -166,6 +166,7 @@ def _planned(
     with checking_output(out, force=force):
         inventory = take_inventory(recipe, folder, moments, base_folder)
         plan = make_plan(inventory, workers=workers)
+        announce_zeros(recipe, plan)
     check_not_an_input(out, input_folders(inventory), command="merge")
     return inventory, plan
 

@@ -139,9 +139,6 @@ def make_plan(inventory: Inventory, *, workers: int, written: bool = True) -> Me
     collect(PlanError, problems, "this merge cannot be done")
     towers = towers_of(inventory.layouts)
     modules = tuple(_plan_module(inventory, method, pipeline, path, layout, towers) for path, layout in kept.items())
-    if recipe.factor == 0 or not any(weight for m in modules for weight in m.weights.values()):
-        what = "scale is 0" if recipe.factor == 0 else "every weight is 0"
-        announce(f"{what}: the merged deltas are zero, and change nothing of the base model.", once="a merge of zeros")
     ranks = {m.target: m.rank for m in modules if m.rank is not None}
     rank = uniform_rank(ranks, kept) if len(ranks) == len(modules) else None
     return MergePlan(
@@ -167,6 +164,18 @@ def make_plan(inventory: Inventory, *, workers: int, written: bool = True) -> Me
         max_lora_rank=served_rank(inventory, rank),
         notes=(*_notes(inventory, left_out, written=written), *_data_notes(inventory, pipeline, list(kept))),
     )
+
+
+def announce_zeros(recipe: Recipe, plan: MergePlan) -> None:
+    """Announce that a merge is zero, whatever its adapters hold; what learns its coefficients may start there, and does not.
+
+    Args:
+        recipe: of the merge.
+        plan: of it.
+    """
+    if recipe.factor == 0 or not any(weight for m in plan.modules for weight in m.weights.values()):
+        what = "scale is 0" if recipe.factor == 0 else "every weight is 0"
+        announce(f"{what}: the merged deltas are zero, and change nothing of the base model.", once="a merge of zeros")
 
 
 def _format_problems(inventory: Inventory, kept: dict[str, Layout]) -> list[str]:

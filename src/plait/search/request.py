@@ -227,7 +227,14 @@ class Sweep:
                 f"search.split and eval.split are both {spec.split!r}: the best of many is not judged on the examples that "
                 "it was chosen on. Give another --split (search.split), such as validation, or another eval.split."
             )
-        return self.evaluator.on(spec)
+        other = self.evaluator.on(spec)
+        if self.spec.subset is not None and spec.subset is None:
+            count = sum(len(entry.examples.items) for entry in other.tasks)
+            announce(
+                "the subset is of the examples on which candidates are compared. In the end the best, the start and the second "
+                f"best are asked all {count} examples of {spec.split}; --eval-subset-max-samples (eval.subset) takes fewer."
+            )
+        return other
 
 
 def check_complete(recipe: Recipe, *, moments: bool = False) -> None:

@@ -95,7 +95,7 @@ def _joined(shards: list[Path]) -> TensorFile:
     if missing := sorted({*range(1, wanted + 1)} - there):
         names = listed(f"adapter_model-{number:0{len(max(counts))}}-of-{max(counts)}.safetensors" for number in missing)
         verb, what = ("is", "it") if len(missing) == 1 else ("are", "them")
-        raise AdapterError(f"{folder}: an adapter in {wanted} files, of which {names} {verb} missing. Fetch {what} too.")
+        raise AdapterError(f"{folder}: an adapter in several files, of which {names} {verb} missing. Fetch {what} too.")
     views: dict[str, View] = {}
     for file in map(SafetensorsFile, shards):
         if twice := views.keys() & file.tensors.keys():
