@@ -36,13 +36,13 @@ def _existing_folder() -> Iterator[None]:
     """Work in the root folder where the working directory is gone: torch, imported there, ends the process as it computes."""
     try:
         Path.cwd()
-    except OSError:
+    except FileNotFoundError:
         handle = os.open(".", os.O_RDONLY)
+        os.chdir("/")
         try:
-            os.chdir("/")
             yield
-            os.fchdir(handle)
         finally:
+            os.fchdir(handle)
             os.close(handle)
     else:
         yield
