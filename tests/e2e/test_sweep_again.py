@@ -189,8 +189,8 @@ def test_earlier_studies_are_not_evaluated_again(pair: Path, tmp_path: Path, ask
     scores = {r.params["scale"]: r.score for r in found.runs}
     assert all(scores[r.params["scale"]] == r.score for r in earlier.record.runs)
     assert [name for name, _ in asked[:8]] == ["sort", "sort", "rate", "rate", "sort", "rate", "sort", "rate"]
+    sample = {"subset": {"max_samples": 12}}
     with pytest.warns(UserWarning, match="answered other examples"):
-        sample = {"subset": {"max_samples": 12}}
         sweep(pair, tmp_path / "three", wider | sample, warm_start=[tmp_path / "one"], eval=sample)
     study = tmp_path / "one" / "study.json"
     record = json.loads(study.read_text())
