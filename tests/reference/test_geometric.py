@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 
+from plait.notices import PlaitWarning
 from tests.adapters_on_disk import Experts, Linear
 from tests.reference.harness import adapter, adapters, assert_equal, run, stacks
 from tests.reference.test_ties import FIRST, exact, flatten, unflatten
@@ -166,7 +169,9 @@ def test_what_has_no_direction(tmp_path, name):
     }
     for case, (first, second, weights, expected) in cases.items():
         written = exact(tmp_path / case, "a", first) | exact(tmp_path / case, "b", second)
-        found = adapter(tmp_path / case / "out", written, weights, {FIRST: Linear(1, 2)}, method=name)[FIRST]
+        noted = nullcontext() if any(weights) else pytest.warns(PlaitWarning, match="every weight is 0")
+        with noted:
+            found = adapter(tmp_path / case / "out", written, weights, {FIRST: Linear(1, 2)}, method=name)[FIRST]
         np.testing.assert_allclose(found, expected, atol=1e-6, err_msg=case)
 
 
