@@ -53,6 +53,21 @@ def test_modules_that_peft_does_not_load(tmp_path, config):
     assert ("does not select" in doubts(written.folder)) is bool(left)
 
 
+def test_keys_that_no_peft_has(tmp_path):
+    """A later kind of LoRA may give its factors another meaning; what is off does not."""
+    written = write_adapter(
+        tmp_path / "a", TWO, use_later_kind=True, later_config={"groups": 4}, off=False, none=None, empty={}
+    )
+    assert "the configuration has 'later_config', 'use_later_kind', which no release of PEFT" in doubts(written.folder)
+    trained = {
+        "lora_dropout": 0.1,
+        "inference_mode": True,
+        "runtime_config": {"ephemeral_gpu_offload": False},
+        "use_rslora": True,
+    }
+    assert "no release of PEFT" not in doubts(write_adapter(tmp_path / "b", TWO, **trained).folder)
+
+
 @pytest.mark.parametrize("selection", [["q_proj"], "(a+)+$", r"(q)\1", "(" * 3000, "a" * 10**6])
 def test_a_merge_selects_all_that_it_holds(tmp_path, selection):
     """The sources' selection is written only where PEFT wraps every merged module for it."""

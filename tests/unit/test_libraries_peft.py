@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 import pytest
 import torch
 import transformers
 from peft import LoraConfig, TaskType, get_peft_model
 from torch import nn
 
+from plait.adapters.config import KNOWN_KEYS
 from plait.libraries.peft import EXPERT_LAYERS, LABELED_TASKS, TASK_HEADS, reads_past_adapters, scalings
 from plait.libraries.transformers.kinds import AUTO_MODELS
 from tests.language_models import language_model
@@ -61,3 +64,8 @@ def test_names_that_peft_takes_for_fused_experts():
     conversion = pytest.importorskip("peft.utils.transformers_weight_conversion")
     meant = {name for names in getattr(conversion, "_MOE_TARGET_MODULE_MAPPING", {}).values() for name in names}
     assert meant <= set(EXPERT_LAYERS)
+
+
+def test_every_key_of_the_configuration_is_known():
+    """A new one may change what the factors mean: it belongs among those that are read, refused or known to change nothing."""
+    assert {field.name for field in fields(LoraConfig)} <= KNOWN_KEYS

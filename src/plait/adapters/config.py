@@ -32,6 +32,60 @@ _UNSUPPORTED = {
     "arrow_config": "Arrow routing",
     "megatron_config": "Megatron's parallel layers",
 }
+#: Keys of LoRA's configuration in PEFT, from the first release to 0.21, and in ms-swift. Any other may change what factors mean.
+KNOWN_KEYS = frozenset(
+    [
+        "alora_invocation_tokens",
+        "alpha_pattern",
+        "arrow_config",
+        "auto_mapping",
+        "base_model_name_or_path",
+        "bias",
+        "corda_config",
+        "enable_lora",
+        "ensure_weight_tying",
+        "eva_config",
+        "exclude_modules",
+        "fan_in_fan_out",
+        "inference_mode",
+        "init_lora_weights",
+        "kasa_config",
+        "layer_replication",
+        "layers_pattern",
+        "layers_to_transform",
+        "loftq_config",
+        "lora_alpha",
+        "lora_bias",
+        "lora_dropout",
+        "lora_dtype",
+        "lora_ga_config",
+        "lorap_emb_lr",
+        "lorap_lr_ratio",
+        "megatron_config",
+        "megatron_core",
+        "merge_weights",
+        "model_id_or_path",
+        "model_revision",
+        "modules_to_save",
+        "monteclora_config",
+        "peft_type",
+        "peft_version",
+        "qalora_group_size",
+        "r",
+        "rank_pattern",
+        "revision",
+        "runtime_config",
+        "target_modules",
+        "target_parameters",
+        "task_type",
+        "trainable_token_indices",
+        "use_bdlora",
+        "use_dora",
+        "use_qalora",
+        "use_rslora",
+        "velora_config",
+    ]
+)
 
 
 @dataclass(frozen=True)
@@ -68,6 +122,11 @@ class AdapterConfig:
         problems = [wrong] if wrong else list(config._wrong_values())
         collect(AdapterError, [f"{path}: {problem}" for problem in problems], f"{path}: values that cannot be read")
         return config
+
+    @property
+    def unknown_keys(self) -> list[str]:
+        """Keys that are set and not known here."""
+        return sorted(key for key, value in self.raw.items() if value and key not in KNOWN_KEYS)
 
     @property
     def noted_class(self) -> tuple[str, str] | None:

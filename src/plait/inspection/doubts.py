@@ -59,6 +59,11 @@ def config_problems(adapter: Adapter) -> Iterator[str]:
             f"init_lora_weights is {shown(init)}, which is not known here. Its deltas are taken as relative to the published "
             "base model; if this initialization changed that, they are not."
         )
+    if unknown := config.unknown_keys:
+        yield (
+            f"the configuration has {listed(map(shown, unknown))}, which no release of PEFT up to 0.21 has. Its factors are taken "
+            "as those of plain LoRA; if that changes what they mean, the merge is wrong."
+        )
     nothing = [t.path for t in targets.values() if t.scaling == 0]
     if nothing:
         yield f"alpha is 0 for {len(nothing)} of {len(targets)} modules (such as {nothing[0]!r}): their delta is zero."
