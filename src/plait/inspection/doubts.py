@@ -61,8 +61,8 @@ def config_problems(adapter: Adapter) -> Iterator[str]:
         )
     if unknown := config.unknown_keys:
         yield (
-            f"the configuration has {listed(map(shown, unknown))}, which no release of PEFT up to 0.21 has. Its factors are taken "
-            "as those of plain LoRA; if that changes what they mean, the merge is wrong."
+            f"the configuration has {listed(map(shown, unknown))}, which no release of PEFT up to 0.21 has. Its factors are "
+            "taken as those of plain LoRA; if that changes what they mean, the merge is wrong."
         )
     nothing = [t.path for t in targets.values() if t.scaling == 0]
     if nothing:
