@@ -265,8 +265,13 @@ class TestKohya:
                 {f"{name}.lora_down.weight": random(2, 4), f"{name}.lora_up.weight": random(4, 2)},
                 tmp_path / f"{file}.safetensors",
             )
-        with pytest.raises(PlanError, match="call the main model by different names"):
-            plait.plan([tmp_path / "a.safetensors", tmp_path / "b.safetensors"])
+        files = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
+        with pytest.raises(PlanError, match="call the main model by different names") as refused:
+            plait.plan(files)
+        assert str(tmp_path) not in str(refused.value), "they are called as their files"
+        with pytest.raises(PlanError, match="call the main model by different names") as refused:
+            plait.plan(dict(zip(("one", "two"), files, strict=True)))
+        assert f"('one' is {files[0]}; 'two' is {files[1]}.)" in str(refused.value)
 
     @pytest.mark.parametrize(
         ("flat", "path"),

@@ -96,6 +96,11 @@ class Adapter:
     is_one_file: bool = False
     towers: tuple[str, ...] = ()
 
+    @property
+    def place(self) -> Path:
+        """Its file where it is a single one, else its folder."""
+        return self.files[0] if self.is_one_file else self.folder
+
     @staticmethod
     def open(place: str | Path, name: str, modules: Callable[[], Collection[str]] | None = None) -> Adapter:
         """Open an adapter of any format: read its configuration and the header of its tensor file.

@@ -91,7 +91,7 @@ class ClusterAsking:
             digest=digest,
             changed=_changes(base),
             adapters={
-                a.name: (str((a.files[0] if a.is_one_file else a.folder).absolute()), adapter_digest(a)) for a in adapters
+                a.name: (str(a.place.absolute()), adapter_digest(a)) for a in adapters
             },
             load=self.load,
             device=self.placement,

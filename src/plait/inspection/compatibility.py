@@ -160,8 +160,8 @@ def tower_problems(adapters: Sequence[Adapter]) -> list[str]:
 
 
 def with_places(problems: Sequence[str], adapters: Sequence[Adapter]) -> list[str]:
-    """Return problems, the last of which tells where the adapters are that are called otherwise than their folders."""
-    places = [f"{a.name!r} is {a.folder}" for a in adapters if a.folder.name != a.name]
+    """Return problems, the last of which tells where the adapters are that are called otherwise than their folders or files."""
+    places = [f"{a.name!r} is {a.place}" for a in adapters if a.name not in (a.place.name, a.place.stem)]
     if not (problems and places):
         return [*problems]
     return [*problems[:-1], f"{problems[-1]} ({'; '.join(places)}.)"]

@@ -141,15 +141,14 @@ def _planned(
     with checking_output(out, force=force):
         (located,), (adapter,) = open_adapters([(None, reference)], modules=modules_of(base_model, None))
         if adapter.origin.format == wanted.name and tower is None:
-            raise PlanError(f"{adapter.folder}: this is an adapter of format {to!r} already.")
+            raise PlanError(f"{adapter.place}: this is an adapter of format {to!r} already.")
         paths = _paths(adapter, tower, wanted)
         named = base_model or adapter.config.base_model
         outgoing = replace(_outgoing(adapter, paths, tower, named), base_config=base_config(wanted, named))
         file = adapter.files[0]
         problems = [f"{file}: {problem}" for problem in wanted.problems(outgoing)]
-        collect(PlanError, problems, f"{adapter.folder}: this adapter cannot be written as {to!r}")
-    read = file if adapter.is_one_file else adapter.folder
-    check_not_an_input(out, {f"adapter {adapter.name!r}": read}, command="conversion")
+        collect(PlanError, problems, f"{adapter.place}: this adapter cannot be written as {to!r}")
+    check_not_an_input(out, {f"adapter {adapter.name!r}": adapter.place}, command="conversion")
     plan = ConvertPlan(
         adapter=adapter.name,
         source=adapter.origin.format,

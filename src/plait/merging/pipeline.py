@@ -252,5 +252,5 @@ def _claimed(recipe: Recipe) -> Iterator[Path]:
 
 def input_folders(inventory: Inventory) -> dict[str, Path]:
     """Return what a merge reads and must not replace: what each is → its folder."""
-    found = {f"adapter {a.name!r}": a.files[0] if a.is_one_file else a.folder for a in inventory.adapters}
+    found = {f"adapter {a.name!r}": a.place for a in inventory.adapters}
     return found if inventory.base_located is None else found | {"the base model": inventory.base_located.folder}

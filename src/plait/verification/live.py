@@ -152,8 +152,7 @@ def _for_peft(adapter: Adapter, base: Path, scratch: Path) -> Path:
         )
     if adapter.origin.format == "peft":
         return adapter.folder
-    place = adapter.files[0] if adapter.is_one_file else adapter.folder
-    return run_convert(str(place.absolute()), to="peft", out=scratch, base_model=str(base.absolute())).folder
+    return run_convert(str(adapter.place.absolute()), to="peft", out=scratch, base_model=str(base.absolute())).folder
 
 
 def _task_type(folder: Path, found: Mapping[str, FoundInput]) -> str | None:
