@@ -90,9 +90,7 @@ class ClusterAsking:
             base=str(base.absolute()),
             digest=digest,
             changed=_changes(base),
-            adapters={
-                a.name: (str(a.place.absolute()), adapter_digest(a)) for a in adapters
-            },
+            adapters={a.name: (str(a.place.absolute()), adapter_digest(a)) for a in adapters},
             load=self.load,
             device=self.placement,
             workers=workers or self.share.cpus,
