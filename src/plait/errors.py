@@ -122,5 +122,7 @@ def join_words(words: Sequence[str], last: str = "and") -> str:
 
 def did_you_mean(word: str, allowed: Iterable[str]) -> str:
     """Return ` Did you mean 'x'?` for the nearest allowed word, or an empty string."""
-    near = difflib.get_close_matches(word, list(allowed), n=1, cutoff=0.6)
+    words = list(allowed)
+    alike = [w for w in words if w.casefold() == word.casefold()]  # letters of another case count as other letters below
+    near = alike or difflib.get_close_matches(word, words, n=1, cutoff=0.6)
     return f" Did you mean {near[0]!r}?" if near else ""

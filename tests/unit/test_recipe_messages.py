@@ -26,6 +26,7 @@ METHOD_NAMES = f"{', '.join(map(repr, list(METHODS)[:-1]))} or {list(METHODS)[-1
 @every(
     ("text", "expected"),
     [
+        ("SEED: 1", [f"recipe:4: SEED: 'SEED' is not known here; allowed: {TOP}. Did you mean 'seed'?"]),
         ("sed: 1", [f"recipe:4: sed: 'sed' is not known here; allowed: {TOP}. Did you mean 'seed'?"]),
         ("zzz: 1", [f"recipe:4: zzz: 'zzz' is not known here; allowed: {TOP}."]),
         (
