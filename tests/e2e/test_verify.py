@@ -8,12 +8,14 @@ import shutil
 import subprocess
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 import plait
+from plait.baking.journal import BakeJournal
 from tests.adapters_on_disk import layers, write_adapter
 from tests.command_line import exit_code
 from tests.hub_server import HubServer
@@ -122,6 +124,38 @@ def test_a_baked_model_is_made_again(tmp_path):
     (row,) = [r for r in found.rebuilt if r.name == "model.safetensors"]
     assert (row.tensors, row.where) == (1, "layers.0.q_proj.weight")
     assert row.difference == pytest.approx(0.25)
+
+
+def test_of_a_baked_model_few_files_are_on_the_disk_at_a_time(tmp_path, monkeypatch):
+    """Only those that come out otherwise than the lock has them are kept, to say how far they are."""
+    from tests.small_models import peft_adapter, save_base
+
+    base = save_base(tmp_path / "base")
+    adapter = peft_adapter(tmp_path / "a", 1, target_modules=["q_proj", "v_proj"])
+    settings = {"base_model": str(base), "weights": [0.5], "shard_size": "1KB"}
+    baked = plait.bake({"a": adapter}, out=tmp_path / "baked", **settings).folder
+    shards = sorted(baked.glob("*.safetensors"))
+    sizes, finish = list[int](), BakeJournal.finish
+
+    def finishing(journal: BakeJournal, *finished: Any) -> None:
+        finish(journal, *finished)
+        sizes.append(sum(p.stat().st_size for p in journal.model.glob("*.safetensors")))
+
+    monkeypatch.setattr(BakeJournal, "finish", finishing)
+    assert plait.verify(baked, workers=1).ok
+    assert len(sizes) == len(shards) > 5
+    assert max(sizes) <= 2 * max(p.stat().st_size for p in shards)
+    changed = next(p for p in shards if "layers.0.q_proj.weight" in load_file(p))
+    tensors = load_file(changed)
+    tensors["layers.0.q_proj.weight"][0, 0] += 0.25
+    save_file(tensors, changed, metadata={"format": "pt"})
+    lock = json.loads((baked / "plait.lock").read_text())
+    lock["outputs"][changed.name] = hashlib.sha256(changed.read_bytes()).hexdigest()
+    (baked / "plait.lock").write_text(json.dumps(lock))
+    found = plait.verify(baked, workers=1)
+    assert {row.name for row in found.rebuilt if row.state != "equal"} == {changed.name}
+    (row,) = [row for row in found.rebuilt if row.name == changed.name]
+    assert (row.state, row.tensors, row.difference) == ("differs", 1, pytest.approx(0.25))
 
 
 def test_changed_missing_and_extra_files_are_named(merged):

@@ -89,6 +89,7 @@ def run_bake(  # noqa: PLR0913 (all that a bake depends on)
     progress: Progress | None = None,
     cluster: str | None = None,
     known: Mapping[Path, str] | None = None,
+    expected: Mapping[str, str] | None = None,
 ) -> BakeResult:
     """Write base + merge as a full model.
 
@@ -106,6 +107,8 @@ def run_bake(  # noqa: PLR0913 (all that a bake depends on)
         progress: receives the bytes done.
         cluster: address of the cluster on whose nodes files are made; this process when None.
         known: input file → sha256, of those that were hashed just now.
+        expected: file of the model → sha256, where it is made to be compared: one that comes out so is left empty, so that
+            few are on the disk at a time. Not with `cluster`.
 
     Raises:
         PlaitError: anything wrong with what the user gave; nothing is written at `out` then.
@@ -127,6 +130,8 @@ def run_bake(  # noqa: PLR0913 (all that a bake depends on)
         journal.begin(digest)
         resumed = tuple(sorted(journal.finished))
         left = bake.plan.output_bytes - sum(size for size, _ in journal.finished.values())
+        if expected:  # of as many files as are made and finished at a time
+            left = sum(sorted(shard.size for shard in bake.shards)[-2 * threads :])
         check_space(out, left, what="the model", on=journal.folder, advice="--dtype bfloat16")
         with base_digests(bake.checkpoint, bake.shards, known, read=options.hash_base) as digests_of_base:
             if nodes is not None:
@@ -134,7 +139,9 @@ def run_bake(  # noqa: PLR0913 (all that a bake depends on)
             else:
                 combiner = Engine(bake.inventory, bake.merge, workers=threads, progress=progress).prepare()
                 builder = ShardTensorBuilder(bake.checkpoint, bake.device, journal.folder)
-                writer = ShardWriter(bake.checkpoint, bake.inventory, combiner, builder, journal, threads, progress)
+                writer = ShardWriter(
+                    bake.checkpoint, bake.inventory, combiner, builder, journal, threads, progress, expected or {}
+                )
                 shards = writer.write(bake.shards)
             bake.auxiliary.write(journal.model)
             _write_heads(bake, journal.model)

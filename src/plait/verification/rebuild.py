@@ -52,8 +52,23 @@ class RebuiltFile(Record):
     where: str | None = None
 
 
-def rebuild(lock: Lock, inputs: Mapping[str, FoundInput], out: Path, workers: int | None, progress: Progress) -> None:
+def rebuild(
+    lock: Lock,
+    inputs: Mapping[str, FoundInput],
+    out: Path,
+    workers: int | None,
+    progress: Progress,
+    unchanged: Collection[str] = (),
+) -> None:
     """Do what a lock says, with the inputs where they are now.
+
+    Args:
+        lock: of the result.
+        inputs: of the lock.
+        out: where to write.
+        workers: as when it was made; never changes a byte.
+        progress: receives stages and steps.
+        unchanged: files of the result that are as the lock has them: of a model they are left empty where they come out so.
 
     Raises:
         PlaitError: it cannot be done.
@@ -78,7 +93,8 @@ def rebuild(lock: Lock, inputs: Mapping[str, FoundInput], out: Path, workers: in
     if lock.kind == "bake":
         options = BakeOptions.model_validate({**lock.options, "hash_base": False})  # of its lock only `outputs` are read
         based = recipe.model_copy(update={"base_model": str(base)})
-        run_bake(based, options, out=out, workers=workers, progress=progress, known=known)
+        expected = {name: lock.outputs[name] for name in unchanged if name in lock.outputs}
+        run_bake(based, options, out=out, workers=workers, progress=progress, known=known, expected=expected)
         return
     run_recipe(recipe, out=out, workers=workers, progress=progress, base_folder=base, known=known)
 

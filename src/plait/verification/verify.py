@@ -79,6 +79,7 @@ def verify_folder(
     lock = read_lock(folder)
     files = check_files(folder, lock)
     checks, found = check_inputs(folder, lock, inputs or {})
+    unchanged = {f.name for f in files if f.state == "equal"}
     rebuilt: tuple[RebuiltFile, ...] | None = None
     reason = None
     if again:
@@ -89,10 +90,10 @@ def verify_folder(
             try:
                 again_by = (rebuilders or {}).get(lock.kind)
                 if again_by is None or LEARNED_RECIPE in lock.outputs:
-                    rebuild(lock, found, out, workers, progress or SilentProgress())
+                    rebuild(lock, found, out, workers, progress or SilentProgress(), unchanged)
                 else:
                     again_by(lock, folder, found, out, workers, progress or SilentProgress())
-                rebuilt = compare_rebuilt(folder, out, lock, {f.name for f in files if f.state == "equal"})
+                rebuilt = compare_rebuilt(folder, out, lock, unchanged)
             except PlaitError as error:
                 reason = f"it cannot be made again: {error}"
     return Verification(
