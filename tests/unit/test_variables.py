@@ -45,7 +45,7 @@ def test_errors_of_usage_and_help_are_printed_in_a_terminal_of_no_width():
     environment = os.environ | {"COLUMNS": "0", "TERMINAL_WIDTH": "no"}
     run = [sys.executable, "-m", "plait"]
     done = subprocess.run([*run, "methods", "--nonsense"], env=environment, capture_output=True, text=True, check=False)
-    assert (done.returncode, "No such option: --nonsense" in done.stderr) == (2, True)
+    assert (done.returncode, "No such option" in done.stderr, "--nonsense" in done.stderr) == (2, True, True)
 
 
 @pytest.mark.parametrize("name", ["PLAIT_QUIET", "PLAIT_VERBOSE", "PLAIT_TRACEBACK"])
