@@ -29,7 +29,7 @@ LIBRARY_TESTS := $(addprefix tests/,$(addsuffix .py, \
   unit/test_libraries_optuna unit/test_libraries_peft unit/test_libraries_transformers unit/test_likelihood \
   unit/test_likelihood_reads unit/test_mixture unit/test_notebook unit/test_packing unit/test_public_surface unit/test_recipe_messages \
   unit/test_recipe_overrides unit/test_recipe_writing unit/test_recipes unit/test_report_runs unit/test_reports \
-  unit/test_tasks unit/test_training_data))
+  unit/test_tasks unit/test_training_data unit/test_variables))
 TRAINING_TESTS := $(addprefix tests/,$(addsuffix .py, \
   e2e/test_bake_models e2e/test_mix e2e/test_sft e2e/test_sft_again e2e/test_sft_flags e2e/test_terminal e2e/test_train \
   e2e/test_train_checks e2e/test_train_senses e2e/test_train_workers unit/test_libraries_trl unit/test_phases unit/test_training_encoding))
