@@ -33,7 +33,7 @@ _UNSUPPORTED = {
     "megatron_config": "Megatron's parallel layers",
 }
 #: Keys of LoRA's configuration in PEFT, from the first release to 0.21, and in ms-swift. Any other may change what factors do.
-KNOWN_KEYS = {
+KNOWN_KEYS = frozenset({
     "alora_invocation_tokens", "alpha_pattern", "arrow_config", "auto_mapping", "base_model_name_or_path", "bias",
     "corda_config", "enable_lora", "ensure_weight_tying", "eva_config", "exclude_modules", "fan_in_fan_out",
     "inference_mode", "init_lora_weights", "kasa_config", "layer_replication", "layers_pattern",
@@ -42,7 +42,7 @@ KNOWN_KEYS = {
     "model_revision", "modules_to_save", "monteclora_config", "peft_type", "peft_version", "qalora_group_size", "r",
     "rank_pattern", "revision", "runtime_config", "target_modules", "target_parameters", "task_type",
     "trainable_token_indices", "use_bdlora", "use_dora", "use_qalora", "use_rslora", "velora_config",
-}  # fmt: skip
+})  # fmt: skip
 
 
 @dataclass(frozen=True)

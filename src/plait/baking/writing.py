@@ -43,7 +43,7 @@ class ShardFolder(Protocol):
         """Return whether a finished shard is as it was."""
 
     def finish(self, shard: str, size: int, sha256: str) -> None:
-        """Note a finished shard, which is on disk."""
+        """Note a finished shard, which is on disk or, as expected, emptied."""
 
 
 @dataclass

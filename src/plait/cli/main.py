@@ -41,7 +41,7 @@ from plait.cli.train import train
 from plait.cli.tune import tune
 from plait.cli.unbake import unbake
 from plait.cli.usage import explain_usage
-from plait.cli.variables import forget_impossible_widths, is_asked, unknown_variables
+from plait.cli.variables import is_asked, unknown_variables
 from plait.cli.verify import verify
 from plait.deferred import import_torch
 from plait.errors import PlaitError
@@ -166,7 +166,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line and leave the process: 0 done, 1 our fault, 2 the user's, 128 + n stopped by a signal."""
     atexit.register(gc.freeze)  # the last collections would look all of torch through, for nothing: the process ends
 
-    forget_impossible_widths()
     arguments, asked = _without_anywhere(_join_lists(list(sys.argv[1:] if argv is None else argv)))
     with guarded():
         try:

@@ -132,10 +132,7 @@ _DEFAULTS = {
 #: Where a command takes other values than a recipe, or another one where none is given.
 _DESCRIPTIONS = {
     ("mix", "eval.subset.max_samples"): "Examples per task on which a setting is scored, at most; 24 when not given.",
-    (
-        "sweep",
-        "search.subset.max_samples",
-    ): "Examples per task on which candidates are compared, at most; the best is asked all in the end.",
+    ("sweep", "search.subset.max_samples"): "Examples per task to compare candidates on, at most; the best is asked all.",
     ("tune", "output.rank"): "Rank of the result: a number, or `auto`.",
     ("tune", "output.kind"): "A tuning writes a LoRA adapter, and nothing else.",
 }

@@ -1,4 +1,4 @@
-"""What is wrong with a command line before its command is called, or after, and comes from elsewhere than it seems."""
+"""Refusals of a command line: options given twice, values that come from variables, files whose names begin with `-`."""
 
 from __future__ import annotations
 

@@ -161,7 +161,8 @@ def tower_problems(adapters: Sequence[Adapter]) -> list[str]:
 
 def with_places(problems: Sequence[str], adapters: Sequence[Adapter]) -> list[str]:
     """Return problems, the last of which tells where the adapters are that are called otherwise than their folders or files."""
-    places = [f"{a.name!r} is {a.place}" for a in adapters if a.name not in (a.place.name, a.place.stem)]
+    called = ((a, a.place.stem if a.is_one_file else a.place.name) for a in adapters)
+    places = [f"{a.name!r} is {a.place}" for a, name in called if name != a.name]
     if not (problems and places):
         return [*problems]
     return [*problems[:-1], f"{problems[-1]} ({'; '.join(places)}.)"]

@@ -54,14 +54,16 @@ def _serve(sink: BinaryIO, kind: str, source: str, rows: list[bytes]) -> None:
         return
     answer(sink, b"c", json.dumps(names).encode())
     for row in rows:
-        answer(sink, *_rendered(template, names, row))
+        answer(sink, *_rendered(template, names, row, kind))
 
 
-def _rendered(template: Any, names: Sequence[str], row: bytes) -> tuple[bytes, bytes]:
+def _rendered(template: Any, names: Sequence[str], row: bytes, kind: str) -> tuple[bytes, bytes]:
     import jinja2
 
-    columns = {name: None if _is_null(value) else value for name, value in pickle.loads(row).items()}  # NaN counts as true
     try:
+        columns = pickle.loads(row)
+        if kind != "chat":  # of a task: NaN counts as true, so that `or` would not replace it
+            columns = {name: None if _is_null(value) else value for name, value in columns.items()}
         text = str(template.render(columns))
         if len(text) > LONGEST_TEXT:
             return b"e", f"the text has {len(text):,} characters; at most {LONGEST_TEXT:,} are allowed".encode()
