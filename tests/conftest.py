@@ -31,6 +31,9 @@ settings.load_profile("plait")
 
 #: Set where everything that the tests need is installed (`.ci/run`): a skipped test is a failure there.
 NOTHING_SKIPPED = "PLAIT_NOTHING_SKIPPED"
+MAY_SKIP = not os.environ.get(NOTHING_SKIPPED)
+for _variable in [name for name in os.environ if name.startswith("PLAIT_")]:  # commands read them, or announce them
+    del os.environ[_variable]
 
 
 def pytest_xdist_auto_num_workers() -> int:
@@ -102,7 +105,7 @@ def pytest_runtest_teardown() -> None:
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """Fail where nothing may be skipped and something was."""
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
-    if reporter is None or not os.environ.get(NOTHING_SKIPPED) or session.exitstatus != pytest.ExitCode.OK:
+    if reporter is None or MAY_SKIP or session.exitstatus != pytest.ExitCode.OK:
         return
     if skipped := reporter.stats.get("skipped"):
         reporter.write_line(f"{len(skipped)} skipped, and {NOTHING_SKIPPED} is set", red=True)
