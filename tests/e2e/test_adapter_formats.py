@@ -219,6 +219,40 @@ class TestNumberedFiles:
         with pytest.raises(AdapterError, match=missing):
             Adapter.open(tmp_path / "a", "a")
 
+    def test_one_too_many_is_refused(self, tmp_path):
+        write_adapter(tmp_path / "a", LINEAR)
+        self.split(tmp_path / "a")
+        save_file({"x.lora_A.weight": torch.ones(2, 2)}, tmp_path / "a" / "adapter_model-00003-of-00002.safetensors")
+        with pytest.raises(AdapterError, match="a numbered file 3 of 2: they are not of one adapter"):
+            Adapter.open(tmp_path / "a", "a")
+
+    def test_hold_all_that_their_index_names(self, tmp_path):
+        written = write_adapter(tmp_path / "a", LINEAR)
+        self.split(tmp_path / "a")
+        held = [n for p in (tmp_path / "a").glob("*.safetensors") for n in load_file(p)]
+        index = tmp_path / "a" / "adapter_model.safetensors.index.json"
+        index.write_text(json.dumps({"weight_map": dict.fromkeys(held, "../elsewhere.safetensors")}))
+        close(deltas(tmp_path / "a"), written.deltas, 1e-15)
+        for text, message in (
+            (
+                json.dumps({"weight_map": dict.fromkeys([*held, "lost"], "x")}),
+                "names 1 tensors that no numbered file holds: 'lost'",
+            ),
+            ('{"weight_map": []}', r"weight_map is \[\]"),
+            ("{", "not JSON"),
+        ):
+            index.write_text(text)
+            with pytest.raises(AdapterError, match=message):
+                Adapter.open(tmp_path / "a", "a")
+
+    def test_beside_one_file_are_said(self, tmp_path):
+        write_adapter(tmp_path / "a", LINEAR)
+        held = (tmp_path / "a" / "adapter_model.safetensors").read_bytes()
+        self.split(tmp_path / "a")
+        (tmp_path / "a" / "adapter_model.safetensors").write_bytes(held)
+        (note,) = plait.plan([tmp_path / "a"]).notes
+        assert "is read, and not adapter_model-00001-of-00002.safetensors, adapter_model-00002-of-00002" in note
+
     def test_a_change_in_the_second_is_seen(self, tmp_path):
         write_adapter(tmp_path / "a", LINEAR)
         self.split(tmp_path / "a")

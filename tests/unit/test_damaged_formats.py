@@ -37,7 +37,11 @@ def write_mlx(folder: Path, tensors: dict[str, torch.Tensor] = PAIR, scale: floa
 
 
 def write_llama(
-    folder: Path, *more: tuple[str, torch.Tensor], heads: int = 4, fields: dict[str, str | int | float] | None = None
+    folder: Path,
+    *more: tuple[str, torch.Tensor],
+    heads: int = 4,
+    model: str = "mistral",
+    fields: dict[str, str | int | float] | None = None,
 ) -> Path:
     folder.mkdir()
     tensors = [("blk.0.attn_q.weight.lora_a", ones(2, 6)), ("blk.0.attn_q.weight.lora_b", ones(8, 2)), *more]
@@ -46,11 +50,12 @@ def write_llama(
     }  # fmt: skip
     entries = [TensorEntry(name, t.dtype, tuple(t.shape)) for name, t in tensors]
     write_gguf(folder / "adapter.gguf", plain | (fields or {}), entries, iter(tensors))
-    (folder / "config.json").write_text(json.dumps({"num_attention_heads": heads}))
+    (folder / "config.json").write_text(json.dumps({"model_type": model, "num_attention_heads": heads}))
     return folder
 
 
 LOHA = {"hada_w1_a": ones(8, 2), "hada_w1_b": ones(2, 6), "hada_w2_a": ones(8, 2), "hada_w2_b": ones(2, 6)}
+LOKR = {"lokr_w1": ones(2, 2), "lokr_w2_a": ones(4, 2), "lokr_w2_b": ones(2, 3)}
 PARTS = {
     "a kernel's factor with one dimension": (CONV, {"lora_down.weight": ones(2), "lora_mid.weight": ones(2, 2, 3, 3),
                                                     "lora_up.weight": ones(6, 2, 1, 1)}, "two dimensions or more"),
@@ -61,6 +66,17 @@ PARTS = {
     "LoHa without inputs": (QUERY, LOHA | {"hada_w1_b": ones(2, 0), "hada_w2_b": ones(2, 0)}, "without a value"),
     "LoKr of 2^40 columns and no row": (QUERY, {"lokr_w1": ones(0, 1).expand(0, 2**40), "lokr_w2_a": ones(4, 2),
                                                 "lokr_w2_b": ones(2, 3)}, "without a value"),
+    "LoHa and LoRA": (QUERY, LOHA | {"lora_down.weight": ones(2, 6), "lora_up.weight": ones(8, 2)},
+                      r"is LoHa, and '.*lora_down\.weight', '.*lora_up\.weight' besides"),
+    "LoKr and LoRA": (QUERY, LOKR | {"lora_down.weight": ones(2, 6), "lora_up.weight": ones(8, 2)}, "is LoKr, and"),
+    "LoKr with its first factor twice": (QUERY, LOKR | {"lokr_w1_a": ones(2, 1), "lokr_w1_b": ones(1, 2)}, "is LoKr, and"),
+    "LoHa and LoKr": (QUERY, LOHA | LOKR, "is LoHa, and"),
+    "LoCon with a bias": ("unet.conv_in", {"lora_down.weight": ones(2, 4, 1, 1), "lora_mid.weight": ones(2, 2, 3, 3),
+                                           "lora_up.weight": ones(6, 2, 1, 1), "lora_B.bias": ones(6)}, "is LoCon, and"),
+    "an alpha that is true": (QUERY, {"lora_down.weight": ones(2, 6), "lora_up.weight": ones(8, 2),
+                                      "alpha": torch.tensor(True)}, "stored as BOOL; an alpha is a number"),
+    "an alpha of eight bits": (QUERY, {"lora_down.weight": ones(2, 6), "lora_up.weight": ones(8, 2),
+                                       "alpha": ones().to(torch.float8_e4m3fn)}, "stored as F8_E4M3; an alpha is a number"),
 }  # fmt: skip
 
 
@@ -102,6 +118,7 @@ MLX = {
     "a prefix of PEFT's": ({f"base_model.model.{n}": t for n, t in PAIR.items()}, {}, "a prefix or a wrapper of PEFT's"),
     "an alpha that no number holds": (PAIR, {"scale": 1e308}, "no number holds their product"),
     "magnitudes of another size": (PAIR | {f"{PATH}.m": ones(5)}, {"kind": "dora"}, "it must have 8 values"),
+    "magnitudes beside 'lora'": (PAIR | {f"{PATH}.m": ones(8)}, {}, "says 'lora', so that mlx-lm passes them over"),
 }
 
 
@@ -109,6 +126,51 @@ MLX = {
 def test_mlx_folders_that_contradict_themselves_are_refused(tensors, changes, message, tmp_path):
     with pytest.raises(AdapterError, match=message):
         Adapter.open(write_mlx(tmp_path / "a", tensors, **changes), "a")
+
+
+def test_the_flag_of_earlier_mlx_is_dora(tmp_path):
+    earlier = {"use_dora": True, "lora_parameters": {"rank": 2, "scale": 2.0}}
+    place = write_mlx(tmp_path / "a")
+    (place / "adapter_config.json").write_text(json.dumps(earlier))
+    with pytest.raises(AdapterError, match="use_dora is set, but 1 of 1 modules have no lora_magnitude_vector"):
+        Adapter.open(place, "a")
+    save_file(PAIR | {f"{PATH}.m": ones(8)}, place / "adapters.safetensors")
+    assert Adapter.open(place, "a").targets[PATH].is_dora
+
+
+@every(("file", "message"), [("adapters.npz", "early mlx"), ("0000100_adapters.safetensors", "The folder holds 0000100_")])
+def test_mlx_folders_without_the_file_of_that_name(file, message, tmp_path):
+    place = write_mlx(tmp_path / file)
+    (place / "adapters.safetensors").rename(place / file)
+    with pytest.raises(AdapterError, match=f"there is no adapters.safetensors next to it. .*{message}"):
+        Adapter.open(place, "a")
+
+
+@every(("file", "message"), [
+    ("adapters.safetensors", "Give the folder"), ("adapter_config.json", "Give the folder"), ("a.ckpt", "by its name"),
+    ("a.GGUF", "by its name"),
+])  # fmt: skip
+def test_a_file_that_is_no_adapter_by_itself(file, message, tmp_path):
+    place = write_mlx(tmp_path / "a")
+    (place / "a.ckpt").write_bytes(b"")
+    (place / "a.GGUF").write_bytes(b"")
+    with pytest.raises(AdapterError, match=message):
+        Adapter.open(place / file, "a")
+
+
+def test_a_module_with_the_factors_of_two_layers_is_refused(tmp_path):
+    embedding = {"embed.lora_embedding_A": ones(2, 20), "embed.lora_embedding_B": ones(6, 2)}
+    write_adapter(tmp_path / "a", {"embed": Linear(8, 6)}, extra=embedding)
+    with pytest.raises(AdapterError, match=r"has factors of two kinds of layer: .*lora_A.*lora_B.* besides lora_embedding_A"):
+        Adapter.open(tmp_path / "a", "a")
+
+
+@every("name", ["model.a\0b", "model.a\x1bb"])
+def test_a_module_with_a_control_character_is_refused(name, tmp_path):
+    folder = tmp_path / name.encode().hex()
+    write_adapter(folder, {name: Linear(8, 6), PATH: Linear(8, 6)}, target_modules=["q_proj"])
+    with pytest.raises(AdapterError, match="1 names hold a control character"):
+        Adapter.open(folder, "a")
 
 
 def test_the_configuration_of_one_program_does_not_count_for_the_tensors_of_another(tmp_path):
@@ -138,6 +200,7 @@ LLAMA = {
     "a part twice": ({"more": ("blk.0.attn_q.lora_a", ones(2, 6))}, "the same part of one module"),
     "a number with zeros": ({"more": ("blk.00.attn_q.weight.lora_a", ones(2, 6))}, "not understood"),
     "heads that do not divide the rows": ({"heads": 3}, "not pairs in each of 3 heads"),
+    "the configuration of another model": ({"model": "qwen2"}, "of another base model, whose heads say nothing"),
     "an architecture that is a number": ({"fields": {"general.architecture": 3}}, "of the architecture 3"),
 }
 
@@ -162,6 +225,36 @@ def test_an_architecture_that_is_a_list_is_refused(tmp_path):
     (tmp_path / "a.gguf").write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 3) + FIELDS + listed)
     with pytest.raises(AdapterError, match=r"of the architecture \[1\]"):
         Adapter.open(tmp_path / "a.gguf", "a")
+
+
+@every(
+    ("version", "message"),
+    [(b"\0\0\0\3", "a big-endian GGUF file"), (b"\1\0\0\0", "of version 1"), (b"\4\0\0\0", "of version 4")],
+)
+def test_a_version_that_is_not_read_is_no_damage(version, message, tmp_path):
+    (tmp_path / "a.gguf").write_bytes(b"GGUF" + version + bytes(100))
+    with pytest.raises(AdapterError, match=message) as caught:
+        GgufFile(tmp_path / "a.gguf")
+    assert "damaged" not in str(caught.value)
+
+
+@every(("kind", "value", "found"), [
+    (9, struct.pack("<IQII", 4, 2, 5, 6), [5, 6]), (8, text("5"), "must be a list of integers"),
+    (9, struct.pack("<IQ", 8, 1) + text("5"), "must be a list of integers"),
+])  # fmt: skip
+def test_the_tokens_that_an_alora_acts_after_are_read(kind, value, found, tmp_path):
+    fields = FIELDS + text("general.architecture") + struct.pack("<I", 8) + text("qwen2")
+    fields += text("adapter.alora.invocation_tokens") + struct.pack("<I", kind) + value
+    shapes = {"lora_a": (6, 2), "lora_b": (2, 8)}  # the fastest dimension first
+    heads = [text(f"blk.0.attn_q.weight.{part}") + struct.pack("<IQQIQ", 2, *shape, 0, 64 * i)
+             for i, (part, shape) in enumerate(shapes.items())]  # fmt: skip
+    lead = b"GGUF" + struct.pack("<IQQ", 3, 2, 4) + fields + b"".join(heads)
+    (tmp_path / "a.gguf").write_bytes(lead + bytes(-len(lead) % 32) + bytes(128))
+    if isinstance(found, str):
+        with pytest.raises(AdapterError, match=found):
+            Adapter.open(tmp_path / "a.gguf", "a")
+    else:
+        assert Adapter.open(tmp_path / "a.gguf", "a").config.raw["alora_invocation_tokens"] == found
 
 
 def test_tensors_do_not_share_bytes_nor_fields_names(tmp_path):

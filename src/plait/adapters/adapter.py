@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +13,7 @@ from plait.adapters.config import AdapterConfig
 from plait.adapters.contents import complete_names, sort_tensors
 from plait.adapters.formats import Origin, StoredAdapter, read_adapter
 from plait.adapters.formats.scalings import one_number
-from plait.adapters.layouts import Layout, layout_type
+from plait.adapters.layouts import Layout, factor_parts, layout_type
 from plait.adapters.layouts.parameter import WRAPPED, ParameterNaming
 from plait.adapters.lowrank import LowRank
 from plait.deferred import Tensor, torch
@@ -21,6 +22,8 @@ from plait.linalg.finite import all_finite
 from plait.results.digests import sha256
 from plait.tensorfiles.reader import FLOATS, TensorFile
 
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")  # no module of a model has one, and no configuration holds NUL
+_FACTORS = frozenset(factor_parts())
 ALPHA = "alpha"  # the part of a module whose file brings its own
 
 
@@ -199,6 +202,8 @@ def _read_targets(stored: StoredAdapter) -> tuple[dict[str, Target], dict[str, s
     biases = config.raw.get("bias") not in (None, "none")
     full, incomplete = complete_names(contents.full, config.raw.get("modules_to_save") or (), trained_biases=biases)
     problems = [*contents.problems, *naming.problems, *incomplete, *_wrong_full(file, full)]
+    if odd := [path for path in (*contents.modules, *full) if _CONTROL.search(path)]:
+        problems.append(f"{len(odd)} names hold a control character: {listed(map(repr, odd), 3)}. Fetch or save the file again")
     targets: dict[str, Target] = {}
     for module, parts in contents.modules.items():
         try:
@@ -251,6 +256,11 @@ def _target(stored: StoredAdapter, module: str, parameter: str | None, parts: Ma
     for part, info in zip(pair, (info_a, info_b), strict=True):
         if info.dtype not in FLOATS:
             raise ValueError(f"{part} is stored as {info.dtype}; factors are read as {', '.join(FLOATS)}")
+    if others := sorted(parts.keys() & _FACTORS - {*pair}):
+        raise ValueError(
+            f"has factors of two kinds of layer: {listed(map(repr, (parts[p] for p in others)))} besides {' and '.join(pair)}. "
+            "Take out those that do not count"
+        )
     layout, rank = kind.of(info_a.shape, info_b.shape, config.rank(path))
     if rank == 0:
         raise ValueError("has rank 0")

@@ -54,8 +54,14 @@ class GgufFile(TensorFile):
             raise AdapterError(f"{path}: not a GGUF file. Fetch it again.")
         try:
             self.fields, self.tensors = _header(data, self.state.size)
+        except _Unread as error:
+            raise AdapterError(f"{path}: {error}.") from None
         except (struct.error, ValueError, KeyError, UnicodeDecodeError, OverflowError) as error:
             raise AdapterError(f"{path}: its header is damaged or cut off ({error}). Fetch it again.") from None
+
+
+class _Unread(Exception):
+    """A file is of a kind that is not read; the text says which."""
 
 
 class _Cursor:
@@ -92,7 +98,11 @@ def _header(data: bytes, size: int) -> tuple[dict[str, Any], dict[str, TensorInf
     cursor.at = len(_MAGIC)
     version = cursor.take("<I")
     if version not in (2, 3):
-        raise ValueError(f"version {version}; 2 and 3 are read")
+        big = int.from_bytes(
+            version.to_bytes(4, "little"), "big"
+        )  # the same four bytes as machines of the other order have them
+        what = f"a big-endian GGUF file (version {big})" if big in (1, 2, 3) else f"a GGUF file of version {version}"
+        raise _Unread(f"{what}; versions 2 and 3 are read, little-endian. Convert it again with a present llama.cpp")
     count, fields_count = cursor.take("<Q"), cursor.take("<Q")
     fields: dict[str, Any] = {}
     for _ in range(fields_count):

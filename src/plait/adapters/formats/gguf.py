@@ -42,6 +42,7 @@ _MODULES: dict[str, Mapping[str, str]] = {
     },
 }  # fmt: skip
 _SMALLEST = 2.0**-126  # the smallest normal float32
+_INVOKED = "adapter.alora.invocation_tokens"  # after which an aLoRA acts
 _HEAD = "output", "lm_head"  # in GGUF, in transformers
 #: Those whose rows of queries and keys are in llama.cpp's order.
 _REORDERED = ("llama", "granite", "smollm3")
@@ -82,8 +83,17 @@ class GgufAdapter(AdapterFormat):
         if not is_number(alpha):
             raise AdapterError(f"{path}: adapter.lora.alpha is {shown(alpha)}; it must be a number.")
         modules, problems = _modules_of(file, architecture)
+        tokens = file.fields.get(_INVOKED, [])
+        if not isinstance(tokens, list) or not all(isinstance(token, int) for token in tokens):
+            raise AdapterError(f"{path}: {_INVOKED} is {shown(tokens)}; it must be a list of integers.")
         config_path = path.parent / "config.json"
         config = read_object(config_path, AdapterError, constants=True) if config_path.is_file() else {}
+        kind = config.get("model_type")
+        if architecture in _REORDERED and isinstance(kind, str) and _ARCHITECTURES.get(kind, architecture) != architecture:
+            problems.append(
+                f"it is of the architecture {architecture}, and {config_path} of {shown(kind)}: of another base model, whose "
+                "heads say nothing about its rows. Put that of its base model there"
+            )
         reordered = [m for m in modules if architecture in _REORDERED and m.endswith(("q_proj", "k_proj"))]
         if reordered and heads_of(config) is None:
             problems.append(
@@ -99,6 +109,7 @@ class GgufAdapter(AdapterFormat):
             "lora_alpha": alpha or max(ranks.values(), default=1),
             "base_model_name_or_path": _base(file.fields),
             "task_type": "CAUSAL_LM",
+            "alora_invocation_tokens": tokens or None,
         }
         known = (path, config_path) if reordered else (path,)
         scalings = {m: alpha / rank if alpha else 1.0 for m, rank in ranks.items()}

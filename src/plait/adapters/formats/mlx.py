@@ -50,6 +50,11 @@ class MlxFolder(AdapterFormat):
         collect(AdapterError, [f"{path}: {p}" for p in _wrong(raw)], f"{path}: values that cannot be read")
         file = SafetensorsFile(place / self.file_name)
         modules, problems = _sorted(file)
+        if not _is_dora(raw) and "fine_tune_type" in raw and (dora := [m for m, parts in modules.items() if "m" in parts]):
+            problems.append(
+                f"{len(dora)} modules have DoRA's magnitudes ({listed(map(repr, dora), 3)}), and {path.name} says 'lora', so "
+                "that mlx-lm passes them over. Correct fine_tune_type, or take them out"
+            )
         collect(AdapterError, [f"{file.path}: {p}" for p in problems], f"{place}: not an adapter that plait can merge")
         scale = float(raw["lora_parameters"]["scale"])
         ranks = {module: file.tensors[parts["lora_b"]].shape[0] for module, parts in modules.items()}
@@ -57,7 +62,7 @@ class MlxFolder(AdapterFormat):
         settings = {
             "r": max(1, rank),
             "lora_alpha": scale * rank,
-            "use_dora": raw.get("fine_tune_type") == "dora",
+            "use_dora": _is_dora(raw),
             "base_model_name_or_path": raw.get("model"),
             "task_type": "CAUSAL_LM",
         }
@@ -102,6 +107,11 @@ class MlxFolder(AdapterFormat):
         }
         (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=4, ensure_ascii=False) + "\n", encoding="utf-8")
         return {self.file_name: writer.sha256}
+
+
+def _is_dora(raw: Mapping[str, Any]) -> bool:
+    """Return whether a configuration is of DoRA, which releases before `fine_tune_type` have as a flag."""
+    return raw.get("fine_tune_type") == "dora" or raw.get("use_dora") is True
 
 
 def _wrong(raw: Mapping[str, Any]) -> Iterator[str]:

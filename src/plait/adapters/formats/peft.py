@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,11 +14,15 @@ from plait.adapters.formats.limits import of_one_model
 from plait.adapters.formats.views import TranslatedFile, View, same
 from plait.adapters.names import clean_settings, foreign_tensors, parse_lora_name
 from plait.adapters.writing import AdapterWriter
-from plait.errors import AdapterError, listed
-from plait.parsing import is_there
+from plait.errors import AdapterError, join_words, listed
+from plait.parsing import is_there, read_object, shown
 from plait.tensorfiles.formats import TENSOR_FORMATS
+from plait.tensorfiles.gguf import GgufFile
 from plait.tensorfiles.reader import SafetensorsFile, TensorFile
 
+_MLX_FILE = "adapters.safetensors"
+_SUFFIXES = (SafetensorsFile.suffix, GgufFile.suffix)
+_INDEX = f"{ADAPTER_WEIGHTS}.index.json"
 _SHARD = re.compile(r"adapter_model-(\d{1,6})-of-(\d{1,6})\.safetensors")
 
 
@@ -38,6 +43,10 @@ class PeftFolder(AdapterFormat):
             place = _folder_of(place)
         config = AdapterConfig.read(place / ADAPTER_CONFIG)
         if "lora_parameters" in config.raw and "peft_type" not in config.raw:
+            if not _has_one_file(place) and not _shards(place):
+                there = listed(sorted(p.name for p in place.iterdir()))
+                instead = other_files(place) or f"The folder holds {there}: call the file that counts adapters.safetensors."
+                raise AdapterError(f"{config.path}: of mlx-lm, and there is no adapters.safetensors next to it. {instead}")
             raise AdapterError(
                 f"{config.path}: of mlx-lm, and the tensors next to it are PEFT's, whose scaling it does not hold. Keep the "
                 "files of one program in a folder."
@@ -47,7 +56,10 @@ class PeftFolder(AdapterFormat):
         file = _joined(shards) if shards else _open_file(place)
         version = config.raw.get("peft_version")
         writer = f"PEFT {version}" if version else None
-        return StoredAdapter(config, file, Origin(format=self.name, writer=writer), (*(shards or [file.path]), config.path))
+        beside = () if shards else _shards(place)
+        notes = [f"{file.path} is read, and not {listed(p.name for p in beside)} next to it."] * bool(beside)
+        origin = Origin(format=self.name, writer=writer, notes=tuple(notes))
+        return StoredAdapter(config, file, origin, (*(shards or [file.path]), config.path))
 
     def problems(self, outgoing: OutgoingAdapter) -> list[str]:
         """Return what has no place in a folder of PEFT's."""
@@ -92,6 +104,11 @@ def _joined(shards: list[Path]) -> TensorFile:
         raise AdapterError(
             f"{folder}: numbered files of several adapters ({', '.join(p.name for p in shards)}). Keep those of one."
         )
+    if more := sorted(there - {*range(1, wanted + 1)}):
+        raise AdapterError(
+            f"{folder}: a numbered file {listed(map(str, more))} of {wanted}: they are not of one adapter. Keep "
+            "the files of one."
+        )
     if missing := sorted({*range(1, wanted + 1)} - there):
         names = listed(f"adapter_model-{number:0{len(max(counts))}}-of-{max(counts)}.safetensors" for number in missing)
         verb, what = ("is", "it") if len(missing) == 1 else ("are", "them")
@@ -101,7 +118,26 @@ def _joined(shards: list[Path]) -> TensorFile:
         if twice := views.keys() & file.tensors.keys():
             raise AdapterError(f"{file.path}: {min(twice)!r} is in another of the numbered files too. Fetch the files again.")
         views |= {name: same(file, name) for name in file.tensors}
+    _check_index(folder / _INDEX, views)
     return TranslatedFile(shards[0], views)
+
+
+def _check_index(path: Path, tensors: Collection[str]) -> None:
+    """Make sure that numbered files hold all that their index names, where there is one; in which of them counts for nothing.
+
+    Raises:
+        AdapterError: some are missing, or the index cannot be read.
+    """
+    if not is_there(path, AdapterError):
+        return
+    named = read_object(path, AdapterError).get("weight_map")
+    if not isinstance(named, dict):
+        raise AdapterError(f"{path}: weight_map is {shown(named)}; it must map names of tensors to files. Fetch it again.")
+    if lost := sorted(named.keys() - {*tensors}):
+        raise AdapterError(
+            f"{path}: it names {len(lost)} tensors that no numbered file holds: {listed(map(repr, lost), 3)}. Fetch the files "
+            "again, or delete the index where it is another adapter's."
+        )
 
 
 def _folder_of(file: Path) -> Path:
@@ -112,6 +148,13 @@ def _folder_of(file: Path) -> Path:
     """
     if any(file.name == kind.adapter_name for kind in TENSOR_FORMATS) and (file.parent / ADAPTER_CONFIG).is_file():
         return file.parent
+    if file.name == ADAPTER_CONFIG or (file.name == _MLX_FILE and (file.parent / ADAPTER_CONFIG).is_file()):
+        raise AdapterError(f"{file}: one file of an adapter that is a folder. Give the folder, {file.parent}.")
+    if file.suffix not in _SUFFIXES:
+        raise AdapterError(
+            f"{file}: not a file that plait reads adapters from, by its name: those end in {join_words(_SUFFIXES, 'or')}, and "
+            f"others are in a folder with {ADAPTER_CONFIG}."
+        )
     names = list(SafetensorsFile(file).tensors) if file.suffix == SafetensorsFile.suffix else []
     if any(parse_lora_name(name) for name in names):
         raise AdapterError(

@@ -12,13 +12,14 @@ proposition 1; Yeh et al. 2024, https://arxiv.org/abs/2309.14859, section 3.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import NamedTuple
 
 from plait.adapters.formats.scalings import one_number
 from plait.adapters.formats.views import View, same
 from plait.adapters.layouts import Convolution, Linear
 from plait.deferred import Tensor, torch
+from plait.errors import listed
 from plait.tensorfiles.reader import FLOATS, TensorFile
 
 ALPHA = "alpha"
@@ -78,12 +79,16 @@ def factored(file: TensorFile, path: str, parts: Mapping[str, str], kernel: tupl
     alpha = one_number(file, parts[ALPHA]) if ALPHA in parts else None
     names = Linear.tensor_names(path)
     if any(part.startswith("hada_") for part in parts):
+        _check_all_used(parts, "LoHa", {*_LOHA, "hada_t1", "hada_t2"})
         return _computed(file, path, parts, _loha(file, parts, kernel), alpha, "LoHa")
     if any(part.startswith("lokr_") for part in parts):
+        first = {"lokr_w1"} if "lokr_w1" in parts else {"lokr_w1_a", "lokr_w1_b"}
+        _check_all_used(parts, "LoKr", {*first, "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"})
         return _computed(file, path, parts, _lokr(file, parts, kernel), alpha, "LoKr")
     if lacking := [p for p in ("lora_A", "lora_B") if p not in parts]:
         raise ValueError(f"{' and '.join(lacking)} missing; found {', '.join(sorted(parts))}")
     if "lora_mid" in parts:
+        _check_all_used(parts, "LoCon", {"lora_A", "lora_B", "lora_mid"})
         return _computed(file, path, parts, _locon(file, parts), alpha, "LoCon")
     views = {names.a: same(file, parts["lora_A"]), names.b: same(file, parts["lora_B"])}
     if "bias" in parts:
@@ -109,6 +114,13 @@ def _check_parts(file: TensorFile, parts: Mapping[str, str]) -> None:
             raise ValueError(f"{parts[part]!r} is {list(info.shape)}, without a value")
         if len(info.shape) < 2 and part not in ("bias", "magnitude"):
             raise ValueError(f"{parts[part]!r} is {list(info.shape)}; a factor has two dimensions or more")
+
+
+def _check_all_used(parts: Mapping[str, str], method: str, used: Collection[str]) -> None:
+    """Refuse parts that the delta of a method does not have: they would be lost without a word."""
+    if others := sorted(parts.keys() - {*used, ALPHA}):
+        besides = listed((repr(parts[part]) for part in others), 3)
+        raise ValueError(f"is {method}, and {besides} besides has no part in that. Take out what does not count")
 
 
 def _computed(

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from plait.adapters.lowrank import LowRank
 from plait.errors import PlanError
 from plait.linalg.finite import all_finite
-from plait.tensorfiles.reader import TensorFile
+from plait.tensorfiles.reader import DTYPES, TensorFile
 
 
 def most_common(values: Iterable[float]) -> float:
@@ -48,6 +48,8 @@ def one_number(file: TensorFile, name: str) -> float:
     info = file.tensors[name]
     if math.prod(info.shape) != 1:
         raise ValueError(f"{name!r} is {list(info.shape)}; an alpha is one number")
+    if info.dtype == "BOOL" or info.dtype not in DTYPES:
+        raise ValueError(f"{name!r} is stored as {info.dtype}; an alpha is a number")
     value = float(file.read(name))
     if not math.isfinite(value):
         raise ValueError(f"{name!r} is {value}; an alpha is a finite number")
