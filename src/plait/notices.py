@@ -12,6 +12,8 @@ from pathlib import Path
 _OWN = str(Path(__file__).parent) + os.sep
 _BETWEEN = (contextlib.__file__, functools.__file__)  # a cached property calls its function through functools
 _announced: set[str] = set()
+#: Results that got their final names in this process, in order: what is there when a command is stopped after that.
+COMPLETED: list[Path] = []
 
 
 class PlaitWarning(UserWarning):

@@ -121,6 +121,18 @@ def test_a_signal_clears_away_and_says_what_is_left(monkeypatch, capsys, tmp_pat
     assert message.endswith("out was not written. The same command starts from the beginning.")
 
 
+def test_a_command_that_is_stopped_after_it_has_written_says_so(monkeypatch, capsys, tmp_path):
+    def work(arguments: list[str]) -> None:
+        with staged(tmp_path / "out", force=False) as place:
+            (place / "weights").touch()
+        raise Stopped(signal.SIGTERM)
+
+    monkeypatch.setattr(command, "command_tree", lambda: work)
+    monkeypatch.setattr(command, "_translated", list)
+    assert exit_code("merge") == 143
+    assert capsys.readouterr().err == f"stopped by SIGTERM\nWritten completely: {tmp_path / 'out'}.\n"
+
+
 def test_a_command_that_continues_does_not_start_from_the_beginning(monkeypatch, capsys, tmp_path):
     def work(arguments: list[str]) -> None:
         with noting_on_stop(lambda: "Steps are kept; the same command continues."), staged(tmp_path / "out", force=False):

@@ -44,9 +44,9 @@ from plait.cli.usage import explain_usage
 from plait.cli.variables import is_asked, unknown_variables
 from plait.cli.verify import verify
 from plait.deferred import import_torch
-from plait.errors import PlaitError
+from plait.errors import PlaitError, listed
 from plait.folders import working_folder
-from plait.notices import PlaitWarning
+from plait.notices import COMPLETED, PlaitWarning
 from plait.version import __version__
 
 #: Options that take several values in a row, and what such a value looks like.
@@ -213,6 +213,7 @@ def _run(arguments: list[str], asked: Collection[str]) -> int:
         _show(error, "error: ", wants_traceback=False)
         return 2
     VERBOSITY.quiet = "quiet" in asked
+    known = len(COMPLETED)
     wants_traceback = bool({"traceback", "verbose"} & {*asked})
     try:
         with warnings_as_notes(PlaitWarning), stoppable():
@@ -226,8 +227,7 @@ def _run(arguments: list[str], asked: Collection[str]) -> int:
     except SystemExit as leave:
         return leave.code if isinstance(leave.code, int) else int(leave.code is not None)
     except Stopped as stop:
-        if not any("the same command" in note for note in getattr(stop, "__notes__", ())):  # where nothing was kept
-            stop.add_note("The same command starts from the beginning.")
+        _note_what_is_there(stop, COMPLETED[known:])
         _show(stop, "", wants_traceback=False)
         return stop.code
     except PlaitError as error:
@@ -245,6 +245,14 @@ def _run(arguments: list[str], asked: Collection[str]) -> int:
     finally:
         VERBOSITY.quiet = False
     return 0
+
+
+def _note_what_is_there(stop: Stopped, written: Sequence[Path]) -> None:
+    """Say which results a command had written when it was stopped; where none, and nothing is kept, that it begins anew."""
+    if written:
+        stop.add_note(f"Written completely: {listed(map(str, written))}.")
+    elif not any("the same command" in note for note in getattr(stop, "__notes__", ())):
+        stop.add_note("The same command starts from the beginning.")
 
 
 def _failure_of_a_file(error: Exception) -> PlaitError | None:

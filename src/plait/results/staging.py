@@ -23,7 +23,7 @@ from pathlib import Path
 
 from plait.errors import AdapterError, AddressError, OutputError, PlaitError, collect, listed
 from plait.folders import absolute, entries, file_in, file_name_problem
-from plait.notices import announce
+from plait.notices import COMPLETED, announce
 from plait.results.disk import write_failure, writing_problem
 from plait.results.lock import LOCK, read_lock
 from plait.results.locking import has_locks
@@ -164,6 +164,7 @@ def staged(folder: Path, *, force: bool) -> Iterator[Path]:
         place.mkdir()
     except OSError as error:
         raise OutputError(f"{folder} cannot be written: {error.strerror or error}.") from None
+    known = len(COMPLETED)
     try:
         with held(place):
             yield place
@@ -173,9 +174,8 @@ def staged(folder: Path, *, force: bool) -> Iterator[Path]:
             raise failure from error
         raise
     except BaseException as error:
-        if not isinstance(error, Exception):  # stopped by its user
-            state = "is as it was before" if folder.exists() else "was not written"
-            error.add_note(f"{folder} {state}.")
+        if not isinstance(error, Exception) and folder not in COMPLETED[known:]:  # stopped by its user
+            error.add_note(f"{folder} {'is as it was before' if folder.exists() else 'was not written'}.")
         raise
     finally:
         shutil.rmtree(place, ignore_errors=True)
@@ -206,10 +206,14 @@ def publish(place: Path, folder: Path, *, force: bool) -> None:
         OutputError: another process has written there in the meantime, and nothing may be replaced.
     """
     _flush(place)
-    if place.is_relative_to(folder) or _is_fixed(folder):
-        _fill(place, folder, force=force)
-    else:
-        _swap(place, folder, force=force)
+    try:
+        if place.is_relative_to(folder) or _is_fixed(folder):
+            _fill(place, folder, force=force)
+        else:
+            _swap(place, folder, force=force)
+    finally:
+        if not any(entries(place)):  # also where a signal came when it had its name
+            COMPLETED.append(folder)
 
 
 def baking_folder(folder: Path) -> Path:
@@ -373,9 +377,11 @@ def _swap(place: Path, folder: Path, *, force: bool) -> None:
                 raise OutputError(problem)
             folder.rename(aside)
         place.rename(folder)  # onto nothing, or onto an empty folder; the system refuses a full one
-    except OSError as error:
+    except BaseException as error:  # a signal too, at any moment
         if aside.exists():
             _put_back(aside, folder)
+        if not isinstance(error, OSError):
+            raise
         if error.errno in (errno.EBUSY, errno.EXDEV) and folder.is_dir():  # a mount point after all, or a layer of a container
             _fill(place, folder, force=force)
             return
@@ -417,22 +423,30 @@ def _fill_alone(place: Path, folder: Path, *, force: bool) -> None:
     if _taken(folder, force=force):
         raise OutputError(_meanwhile(folder))
     new, old = list(entries(place)), list(_contents(folder))
-    _note(folder, {*new, *old})
-    _remove(folder, old)
-    moved: list[str] = []
+    aside = folder / f"{_STAGING}-{os.getpid()}-{secrets.token_hex(3)}.old"
     try:
+        _note(folder, {*new, *old})
+        for name in sorted(old, key=lambda n: n != LOCK):
+            (aside / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).rename(aside / name)
+        _remove(folder, old)
         for name in sorted(new, key=lambda n: n == LOCK):
             target = folder / name
             target.parent.mkdir(parents=True, exist_ok=True)
-            moved.append(name)
             _move(place / name, target, folder / f"{_MARK}-{secrets.token_hex(3)}")
-    except BaseException:
-        _remove(folder, moved)
+    except BaseException:  # a signal too, at any moment
+        if any(entries(place)):
+            _remove(folder, [name for name in new if name not in old or (aside / name).exists()])
+            for name in sorted(entries(aside), key=lambda n: n == LOCK):
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                (aside / name).rename(folder / name)
+        shutil.rmtree(aside, ignore_errors=True)
         (folder / _MARK).unlink(missing_ok=True)
         raise
     with suppress(OSError):
         _flush(folder, deep=False)
     (folder / _MARK).unlink(missing_ok=True)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def _meanwhile(folder: Path) -> str:
@@ -441,8 +455,11 @@ def _meanwhile(folder: Path) -> str:
 
 def _note(folder: Path, names: Iterable[str]) -> None:
     draft = folder / f"{_MARK}-{secrets.token_hex(3)}"
-    draft.write_text(json.dumps({"names": sorted(names)}), encoding="utf-8")
-    draft.replace(folder / _MARK)
+    try:
+        draft.write_text(json.dumps({"names": sorted(names)}), encoding="utf-8")
+        draft.replace(folder / _MARK)
+    finally:
+        draft.unlink(missing_ok=True)
 
 
 def _remove(folder: Path, names: list[str]) -> None:
