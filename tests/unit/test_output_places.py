@@ -171,6 +171,10 @@ def test_a_file_system_that_fails_while_an_output_is_made(tmp_path, monkeypatch,
     with pytest.raises(OutputError, match=rf"out cannot be written: {why}\. Nothing was left there\. {advice} another place\."):
         write(tmp_path / "out", force=False)
     assert list(tmp_path.iterdir()) == []
+    result(tmp_path / "old")
+    with pytest.raises(OutputError, match=rf"old cannot be written: {why}\. What was there is as it was\. {advice}"):
+        write(tmp_path / "old", force=True)
+    assert (tmp_path / "old" / "weights").read_text() == "old"
 
 
 @pytest.mark.parametrize("name", ["in/adapter", "out.txt", "in"])

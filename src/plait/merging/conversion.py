@@ -107,7 +107,7 @@ def run_convert(
         PlaitError: anything wrong with what the user gave, or the format has no place for something; nothing is left at `out`.
     """
     found = _planned(reference, to, out, tower, base_model, force=force)
-    check_space(out, found.plan.output_bytes, what="the adapter", advice="another disk")
+    check_space(out, found.plan.output_bytes, what="the adapter")
     listener = progress or SilentProgress()
     listener.start("convert", len(found.outgoing.targets))
     try:

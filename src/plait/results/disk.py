@@ -122,7 +122,7 @@ def free_space(folder: Path) -> tuple[Path, int]:
     return place, disk.free if disk.total else sys.maxsize  # one of no size does not say how much it takes
 
 
-def check_space(out: Path, needed: int, *, what: str, on: Path | None = None, advice: str) -> None:
+def check_space(out: Path, needed: int, *, what: str, on: Path | None = None, advice: str = "") -> None:
     """Refuse an output for which the disk has no space.
 
     Args:
@@ -130,17 +130,18 @@ def check_space(out: Path, needed: int, *, what: str, on: Path | None = None, ad
         needed: bytes still to be written.
         what: is written, such as "the model".
         on: an existing folder on the file system that takes the bytes; that of `out` when None.
-        advice: ways to write fewer bytes, as the end of a sentence.
+        advice: ways to write fewer bytes, as the end of a sentence; none where there is none.
 
     Raises:
         OutputError: there is too little.
     """
     place, free = free_space(out if on is None else on)
     if free < needed:
-        raise OutputError(
-            f"{out}: {what} needs {_size(needed)}, {place} has {_size(free)} free. Free some space, choose another place, or "
-            f"write fewer bytes ({advice})."
-        )
+        sizes = _size(needed), _size(free)
+        if len({*sizes}) == 1:
+            sizes = f"{needed} bytes", f"{free} bytes"
+        ways = f"choose another place, or write fewer bytes ({advice})" if advice else "or choose another place"
+        raise OutputError(f"{out}: {what} needs {sizes[0]}, {place} has {sizes[1]} free. Free some space, {ways}.")
 
 
 def check_not_an_input(out: Path | None, inputs: Mapping[str, Path], *, command: str) -> None:

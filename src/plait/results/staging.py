@@ -170,7 +170,8 @@ def staged(folder: Path, *, force: bool) -> Iterator[Path]:
             yield place
             publish(place, folder, force=force)
     except OSError as error:
-        if failure := write_failure(error, folder, place, left="Nothing was left there."):
+        left = "What was there is as it was." if os.path.lexists(folder / LOCK) else "Nothing was left there."
+        if failure := write_failure(error, folder, place, left=left):
             raise failure from error
         raise
     except BaseException as error:
