@@ -7,13 +7,15 @@ import functools
 import inspect
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 
 _OWN = str(Path(__file__).parent) + os.sep
 _BETWEEN = (contextlib.__file__, functools.__file__)  # a cached property calls its function through functools
 _announced: set[str] = set()
-#: Results that got their final names in this process, in order: what is there when a command is stopped after that.
-COMPLETED: list[Path] = []
+_completed: ContextVar[tuple[list[Path], ...]] = ContextVar("_completed", default=())
 
 
 class PlaitWarning(UserWarning):
@@ -39,6 +41,23 @@ def announce(text: str, *, once: str | None = None) -> None:
 def forget_announcements() -> None:
     """Forget what has been announced, so that it is announced again."""
     _announced.clear()
+
+
+@contextmanager
+def noting_completed() -> Iterator[list[Path]]:
+    """Collect the outputs that get their final names in the block: what is there when it is stopped after that."""
+    found: list[Path] = []
+    token = _completed.set((*_completed.get(), found))
+    try:
+        yield found
+    finally:
+        _completed.reset(token)
+
+
+def note_completed(out: Path) -> None:
+    """Tell whoever collects them that an output is complete under its final name."""
+    for found in _completed.get():
+        found.append(out)
 
 
 def frames_within() -> int:

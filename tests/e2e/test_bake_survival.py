@@ -341,13 +341,11 @@ def test_a_failure_before_a_file_is_finished_leaves_nothing(materials, tmp_path,
 
 
 def test_killed_while_replacing_keeps_one_of_the_two(materials, tmp_path, monkeypatch):
-    """Between the two renames of a replacement the old model is in the working folder; the next run puts it back first."""
+    """Between the two renames of a replacement the old model is next to its place; the next run puts it back first."""
     out = tmp_path / "out"
     before = plait.bake(materials.pair, base=materials.base, out=out).folder
     expected = contents(before)
-    working = tmp_path / ".out.baking"
-    working.mkdir()
-    out.rename(working / "model.old")
+    out.rename(tmp_path / ".out.staging-99999999-abcdef.old")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1, total=2))
     with pytest.raises(OutputError, match="needs"):
         plait.bake(materials.pair, base=materials.base, out=out, force=True)

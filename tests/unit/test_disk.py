@@ -74,5 +74,7 @@ def test_little_space_is_written_in_small_units(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(total=2000, free=1500))
     with pytest.raises(OutputError, match=r"the result needs 2.0 kB, .* has 1.5 kB free"):
         check_space(tmp_path / "out", 2000, what="the result", advice="none")
-    with pytest.raises(OutputError, match=r"needs 1510 bytes, .* has 1500 bytes free\. Free some space, or choose another place\."):
+    with pytest.raises(
+        OutputError, match=r"needs 1510 bytes, .* has 1500 bytes free\. Free some space, or choose another place\."
+    ):
         check_space(tmp_path / "out", 1510, what="the result")

@@ -21,7 +21,7 @@ from plait.notices import announce
 from plait.parsing import parse_json, read_text
 from plait.results.digests import sha256
 from plait.results.locking import locked
-from plait.results.staging import baking_folder, output_problem, publish
+from plait.results.staging import baking_folder, output_problem, publish, recover
 
 _LOCK, _JOURNAL, _MODEL = "lock", "journal.jsonl", "model"
 
@@ -137,9 +137,7 @@ def open_journal(final: Path, *, force: bool) -> Iterator[BakeJournal]:
         raise OutputError(problem or f"{folder} is a link, and models are baked there. Delete it, or choose another output.")
     with locked(folder / _LOCK, "this model is being baked", out=final):
         journal = BakeJournal(folder, final)
-        aside = folder / f"{_MODEL}.old"
-        if aside.exists() and not final.exists():
-            aside.rename(final)  # killed between the two renames of a replacement: the old model comes back
+        recover(final, force=force)
         try:
             yield journal
         finally:

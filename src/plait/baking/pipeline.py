@@ -26,7 +26,7 @@ from plait.merging.heads import write_heads
 from plait.merging.moments import MomentsOf
 from plait.merging.pipeline import input_folders
 from plait.merging.record import adapter_inputs, sources, write_records
-from plait.notices import COMPLETED
+from plait.notices import noting_completed
 from plait.recipes.naming import naming_its_file
 from plait.recipes.schema import Heads, Recipe
 from plait.recipes.writing import recipe_json
@@ -226,11 +226,11 @@ def _lock(bake: Bake, digests: list[str], shards: dict[str, str], base: dict[str
 @contextmanager
 def _explained(out: Path, journal: BakeJournal, shards: int) -> Iterator[None]:
     """Add to an error what is left when a bake fails, and how to continue."""
-    known = len(COMPLETED)
     try:
-        yield
+        with noting_completed() as completed:
+            yield
     except BaseException as error:
-        if COMPLETED[known:]:  # it has its name already
+        if completed:  # it has its name already
             raise
         left = (
             f"{len(journal.finished)} of {shards} files are finished in {journal.folder}; the same command continues from "

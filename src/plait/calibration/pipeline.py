@@ -37,7 +37,7 @@ from plait.results.lock import LOCK, locked_input, new_lock, output_digests
 from plait.results.locking import locked
 from plait.results.progress import Progress, SilentProgress
 from plait.results.records import write_json
-from plait.results.staging import calibrating_folder, output_problem, publish
+from plait.results.staging import calibrating_folder, output_problem, publish, recover
 from plait.results.versions import library_versions
 from plait.version import __version__
 
@@ -87,7 +87,7 @@ def run_calibrate(
     request = read_calibration(recipe, folder, options or LoadOptions())
     check_not_an_input(out, input_folders(request.inventory), command="calibration")
     check_space(out, request.plan().bytes, what="second moments", advice="fewer adapters, or --set calibration.tokens=N")
-    with _work(out) as place:
+    with _work(out, force=force) as place:
         taken = take_all_moments(
             request, lambda a: place / f"{a.name}.safetensors", lambda: load_base(request, progress), progress
         )
@@ -306,15 +306,14 @@ def _record(request: CalibrationRequest, taken: tuple[CalibratedAdapter, ...], s
 
 
 @contextmanager
-def _work(out: Path) -> Iterator[Path]:
+def _work(out: Path, *, force: bool) -> Iterator[Path]:
     """Hold the folder in which moments are collected; what is finished in it stays for the next run with this output."""
     work = calibrating_folder(Path(os.path.abspath(out)))  # noqa: PTH100 (resolve() would follow links)
     if work.is_symlink():
         raise OutputError(f"{work} is a link, and moments are collected there. Delete it, or choose another output.")
     with writing(out, work), locked(work / "lock", "these adapters are being calibrated", out=out):
-        place, aside = work / "moments", work / "moments.old"
-        if aside.exists() and not out.exists():
-            aside.rename(out)  # killed between the two renames of a replacement: the old result comes back
+        recover(out, force=force)
+        place = work / "moments"
         place.mkdir(exist_ok=True)
         try:
             yield place

@@ -46,7 +46,7 @@ from plait.cli.verify import verify
 from plait.deferred import import_torch
 from plait.errors import PlaitError, listed
 from plait.folders import working_folder
-from plait.notices import COMPLETED, PlaitWarning
+from plait.notices import PlaitWarning, noting_completed
 from plait.version import __version__
 
 #: Options that take several values in a row, and what such a value looks like.
@@ -213,10 +213,9 @@ def _run(arguments: list[str], asked: Collection[str]) -> int:
         _show(error, "error: ", wants_traceback=False)
         return 2
     VERBOSITY.quiet = "quiet" in asked
-    known = len(COMPLETED)
     wants_traceback = bool({"traceback", "verbose"} & {*asked})
     try:
-        with warnings_as_notes(PlaitWarning), stoppable():
+        with warnings_as_notes(PlaitWarning), noting_completed() as completed, stoppable():
             if working_folder() == Path():  # whoever needs it next would import it here
                 import_torch()
             if "verbose" not in asked:
@@ -227,7 +226,7 @@ def _run(arguments: list[str], asked: Collection[str]) -> int:
     except SystemExit as leave:
         return leave.code if isinstance(leave.code, int) else int(leave.code is not None)
     except Stopped as stop:
-        _note_what_is_there(stop, COMPLETED[known:])
+        _note_what_is_there(stop, completed)
         _show(stop, "", wants_traceback=False)
         return stop.code
     except PlaitError as error:

@@ -56,8 +56,7 @@ def write_failure(error: BaseException, out: Path, place: Path, *, left: str = "
             return None
     elif error.errno not in DISK_FULL:
         about = Path(os.path.abspath(error.filename))  # noqa: PTH100 (resolve() would follow links)
-        own = (place, place.with_name(f"{place.name}.old"), out)
-        if not any(about.is_relative_to(os.path.abspath(p)) for p in own):  # noqa: PTH100
+        if not any(about.is_relative_to(os.path.abspath(p)) for p in (place, out)):  # noqa: PTH100
             return None
         why = f"{why} ({about})"
     advice = "Free some space, or choose another place." if error.errno in DISK_FULL else ""

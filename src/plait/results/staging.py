@@ -3,7 +3,7 @@
 A folder is made next to its final name and renamed. Where that cannot be, as the final name is a mount point (a container's
 volume), the working directory, or in a folder that may not be written, it is made inside it, and its files are moved up, the
 lock last; what belongs to plait is noted meanwhile, so that a killed process leaves nothing that the next one would not clear
-away.
+away, and an old result comes back.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import NamedTuple
 
 from plait.errors import AdapterError, AddressError, OutputError, PlaitError, collect, listed
 from plait.folders import absolute, entries, file_in, file_name_problem
-from plait.notices import COMPLETED, announce
+from plait.notices import announce, note_completed, noting_completed
 from plait.results.disk import write_failure, writing_problem
 from plait.results.lock import LOCK, read_lock
 from plait.results.locking import has_locks
@@ -115,7 +116,7 @@ def _taken(folder: Path, *, force: bool) -> str | None:
     """Return why what is in a folder must not be replaced."""
     if not folder.exists():
         return None
-    own = _unfinished(folder)
+    own = set[str]().union(*_unfinished(folder))
     if all(name in own for name in _contents(folder)):
         return None
     if not force:
@@ -159,14 +160,13 @@ def staged(folder: Path, *, force: bool) -> Iterator[Path]:
     try:
         above = _working_folder(folder)
         above.mkdir(parents=True, exist_ok=True)
-        _sweep(folder)
-        place = above / f"{_stem(folder, 'staging')}-{os.getpid()}-{secrets.token_hex(3)}"
+        recover(folder, force=force)
+        place = _own(above / _stem(folder, "staging"))
         place.mkdir()
     except OSError as error:
         raise OutputError(f"{folder} cannot be written: {error.strerror or error}.") from None
-    known = len(COMPLETED)
     try:
-        with held(place):
+        with held(place), noting_completed() as completed:
             yield place
             publish(place, folder, force=force)
     except OSError as error:
@@ -175,7 +175,7 @@ def staged(folder: Path, *, force: bool) -> Iterator[Path]:
             raise failure from error
         raise
     except BaseException as error:
-        if not isinstance(error, Exception) and folder not in COMPLETED[known:]:  # stopped by its user
+        if not isinstance(error, Exception) and folder not in completed:  # stopped by its user
             error.add_note(f"{folder} {'is as it was before' if folder.exists() else 'was not written'}.")
         raise
     finally:
@@ -214,7 +214,7 @@ def publish(place: Path, folder: Path, *, force: bool) -> None:
             _swap(place, folder, force=force)
     finally:
         if not any(entries(place)):  # also where a signal came when it had its name
-            COMPLETED.append(folder)
+            note_completed(folder)
 
 
 def baking_folder(folder: Path) -> Path:
@@ -274,26 +274,51 @@ def _contents(folder: Path) -> Iterator[str]:
     return (n for n in entries(folder) if not n.startswith(working) and not n.startswith(_NOT_WORK))
 
 
-def _unfinished(folder: Path) -> set[str]:
-    """Return the names that a killed process was about to write or remove where the folder is."""
+class _Names(NamedTuple):
+    """Names of files: of the result that a folder is filled with, and of the one that was there."""
+
+    new: set[str]
+    old: set[str]
+
+
+def _unfinished(folder: Path) -> _Names:
+    """Return what a killed process was about to write and to remove where the folder is; what has a lock is finished."""
+    if os.path.lexists(folder / LOCK):
+        return _Names(set(), set())
     try:
-        names = json.loads(file_in(folder, _MARK).read_text(encoding="utf-8"))["names"]
-        return {n for n in names if not file_name_problem(n)}
+        noted = json.loads(file_in(folder, _MARK).read_text(encoding="utf-8"))
+        return _Names(*({n for n in noted[what] if not file_name_problem(n)} for what in _Names._fields))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return set()
+        return _Names(set(), set())
 
 
-def _sweep(folder: Path) -> None:
-    """Remove what killed processes left of the same output."""
-    above, stem = _working_folder(folder), _stem(folder, "staging")
-    for stale in above.glob(f"{glob.escape(stem)}-*"):
-        found = re.fullmatch(r"-(\d+)-[0-9a-f]+(\.old)?", stale.name.removeprefix(stem))
-        if found is None or not _is_abandoned(stale, int(found[1])):
-            continue
-        if found[2] and not folder.exists():
-            stale.rename(folder)  # killed between the two renames of a replacement: the old result comes back
-        else:
-            shutil.rmtree(stale, ignore_errors=True)
+def recover(folder: Path, *, force: bool) -> None:
+    """Remove what killed processes left of the same output; the old result comes back that one was replacing.
+
+    Raises:
+        OutputError: that one must not be replaced.
+        OSError: the system refuses it.
+    """
+    restored = False
+    for above, stem in {(_working_folder(folder), _stem(folder, "staging")), (folder, _STAGING), (folder, _MARK)}:
+        for stale in above.glob(f"{glob.escape(stem)}-*"):
+            found = re.fullmatch(r"-(\d+)-[0-9a-f]+(\.old)?", stale.name.removeprefix(stem))
+            if found is None or not _is_abandoned(stale, int(found[1])):
+                continue
+            if found[2] and os.path.lexists(stale / LOCK) and not os.path.lexists(folder / LOCK):
+                if above == folder:
+                    _take_out(stale, folder, _unfinished(folder))
+                else:
+                    stale.rename(folder)
+                restored = True
+            if stale.is_dir():
+                shutil.rmtree(stale, ignore_errors=True)
+            else:
+                stale.unlink(missing_ok=True)
+    if os.path.lexists(folder / LOCK):  # killed when that was complete
+        (folder / _MARK).unlink(missing_ok=True)
+    if restored and (problem := output_problem(folder, force=force)):
+        raise OutputError(problem)
 
 
 @contextmanager
@@ -365,13 +390,24 @@ def _alive(pid: int) -> bool:
     return True
 
 
+def _own(stem: Path) -> Path:
+    """Return a name that begins like `stem` and tells whose it is, for when its process is gone."""
+    return stem.with_name(f"{stem.name}-{os.getpid()}-{secrets.token_hex(3)}")
+
+
+def _aside(stem: Path) -> Path:
+    """Return where an old result waits until the new one has its place."""
+    place = _own(stem)
+    return place.with_name(f"{place.name}.old")
+
+
 def _swap(place: Path, folder: Path, *, force: bool) -> None:
     """Rename; an old result is moved aside first, so that one of the two always has the name or is next to it.
 
     Raises:
         OutputError: another process has written there in the meantime, and nothing may be replaced.
     """
-    aside = place.with_name(place.name + ".old")
+    aside = _aside(_working_folder(folder) / _stem(folder, "staging"))
     try:
         if force and folder.exists():
             if problem := _taken(folder, force=True):  # of another process, in the meantime
@@ -396,12 +432,17 @@ def _swap(place: Path, folder: Path, *, force: bool) -> None:
 
 
 def _put_back(aside: Path, folder: Path) -> None:
-    """Give an old result its name again; where another process has put its own there, that one has replaced it."""
+    """Give an old result its name again; where another process has put its own there, that one has replaced it.
+
+    Raises:
+        OutputError: the system refuses it.
+    """
     try:
         aside.rename(folder)
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-            raise
+            why = error.strerror or error
+            raise OutputError(f"{folder} cannot be written ({why}). What was there is in {aside}. Rename that.") from error
         shutil.rmtree(aside, ignore_errors=True)
 
 
@@ -423,24 +464,18 @@ def _fill(place: Path, folder: Path, *, force: bool) -> None:
 def _fill_alone(place: Path, folder: Path, *, force: bool) -> None:
     if _taken(folder, force=force):
         raise OutputError(_meanwhile(folder))
-    new, old = list(entries(place)), list(_contents(folder))
-    aside = folder / f"{_STAGING}-{os.getpid()}-{secrets.token_hex(3)}.old"
+    names = _Names({*entries(place)}, {*_contents(folder)})
+    aside = _aside(folder / _STAGING)
     try:
-        _note(folder, {*new, *old})
-        for name in sorted(old, key=lambda n: n != LOCK):
-            (aside / name).parent.mkdir(parents=True, exist_ok=True)
-            (folder / name).rename(aside / name)
-        _remove(folder, old)
-        for name in sorted(new, key=lambda n: n == LOCK):
-            target = folder / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            _move(place / name, target, folder / f"{_MARK}-{secrets.token_hex(3)}")
+        _note(folder, names)
+        for name in sorted(names.old, key=lambda n: n != LOCK):
+            _move(folder / name, aside / name)
+        _remove(folder, names.old)
+        for name in sorted(names.new, key=lambda n: n == LOCK):
+            _move(place / name, folder / name, draft=_own(folder / _MARK))
     except BaseException:  # a signal too, at any moment
         if any(entries(place)):
-            _remove(folder, [name for name in new if name not in old or (aside / name).exists()])
-            for name in sorted(entries(aside), key=lambda n: n == LOCK):
-                (folder / name).parent.mkdir(parents=True, exist_ok=True)
-                (aside / name).rename(folder / name)
+            _take_out(aside, folder, names)
         shutil.rmtree(aside, ignore_errors=True)
         (folder / _MARK).unlink(missing_ok=True)
         raise
@@ -450,20 +485,28 @@ def _fill_alone(place: Path, folder: Path, *, force: bool) -> None:
     shutil.rmtree(aside, ignore_errors=True)
 
 
+def _take_out(aside: Path, folder: Path, names: _Names) -> None:
+    """Take a half-written result out of a folder, and put the old one back, its lock last."""
+    _remove(folder, {name for name in names.new if name not in names.old or (aside / name).exists()})
+    for name in sorted(entries(aside), key=lambda n: n == LOCK):
+        _move(aside / name, folder / name)
+    (folder / _MARK).unlink(missing_ok=True)
+
+
 def _meanwhile(folder: Path) -> str:
     return f"{folder} was written by another process in the meantime. Choose another output."
 
 
-def _note(folder: Path, names: Iterable[str]) -> None:
-    draft = folder / f"{_MARK}-{secrets.token_hex(3)}"
+def _note(folder: Path, names: _Names) -> None:
+    draft = _own(folder / _MARK)
     try:
-        draft.write_text(json.dumps({"names": sorted(names)}), encoding="utf-8")
+        draft.write_text(json.dumps({what: sorted(found) for what, found in names._asdict().items()}), encoding="utf-8")
         draft.replace(folder / _MARK)
     finally:
         draft.unlink(missing_ok=True)
 
 
-def _remove(folder: Path, names: list[str]) -> None:
+def _remove(folder: Path, names: Iterable[str]) -> None:
     """Remove files, the lock first, and the folders that are empty then."""
     for name in sorted(names, key=lambda n: n != LOCK):
         (folder / name).unlink(missing_ok=True)
@@ -473,16 +516,18 @@ def _remove(folder: Path, names: list[str]) -> None:
                     (folder / above).rmdir()
 
 
-def _move(source: Path, target: Path, draft: Path) -> None:
-    """Give a file its final name; from another file system by way of `draft`, so that it is complete under that name."""
+def _move(source: Path, target: Path, *, draft: Path | None = None) -> None:
+    """Give a file another name; from another file system by way of `draft`, so that it is complete under that name."""
+    target.parent.mkdir(parents=True, exist_ok=True)
     try:
         source.replace(target)
     except OSError as error:
-        if error.errno != errno.EXDEV:
+        if error.errno != errno.EXDEV or draft is None:
             raise
         shutil.copyfile(source, draft)
         _flush(draft, deep=False)
         draft.replace(target)
+        source.unlink()
 
 
 def _flush(folder: Path, *, deep: bool = True) -> None:

@@ -16,7 +16,7 @@ from plait.hub.task_adapters import ADAPTER
 from plait.libraries.transformers.trainer import CheckpointError, report_steps, take_steps
 from plait.results.disk import full_disk
 from plait.results.progress import Progress
-from plait.results.staging import publish
+from plait.results.staging import publish, recover
 from plait.results.versions import library_versions
 from plait.results.writing import write_json_atomic
 from plait.training.encoding import EncodedSplits
@@ -181,6 +181,7 @@ def _save(trainer: Trainer, opened: ResolvedJob, out: Path, record: TrainingReco
     try:
         trainer.save_model(str(place))  # all processes: shards may have to be gathered
         if first:
+            recover(out / record.folder, force=True)
             (place / "training_args.bin").unlink(missing_ok=True)  # a pickle that names this machine's folders
             if trainer.processing_class is not None:
                 trainer.processing_class.save_pretrained(str(place))

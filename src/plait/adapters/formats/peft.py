@@ -56,8 +56,8 @@ class PeftFolder(AdapterFormat):
         file = _joined(shards) if shards else _open_file(place)
         version = config.raw.get("peft_version")
         writer = f"PEFT {version}" if version else None
-        beside = () if shards else _shards(place)
-        notes = [f"{file.path} is read, and not {listed(p.name for p in beside)} next to it."] * bool(beside)
+        others = () if shards else _shards(place)
+        notes = [f"{file.path} is read, and not {listed(p.name for p in others)} next to it."] * bool(others)
         origin = Origin(format=self.name, writer=writer, notes=tuple(notes))
         return StoredAdapter(config, file, origin, (*(shards or [file.path]), config.path))
 
