@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -19,6 +20,7 @@ from safetensors.torch import save_file
 import plait
 from plait.errors import AdapterError, OutputError
 from plait.notices import PlaitWarning
+from plait.tensorfiles import flushing
 from tests.adapters_on_disk import layers, write_adapter
 from tests.locks import write_lock
 
@@ -326,6 +328,26 @@ def test_a_model_whose_place_was_taken_is_kept_and_named(materials, tmp_path, mo
     model = tmp_path / ".out.baking" / "model"
     assert caught.value.__notes__ == [f"The finished model is {model}. Move it to another place, and delete {model.parent}."]
     assert (model / "plait.lock").is_file()
+
+
+def test_a_disk_that_fails_while_files_are_made(materials, tmp_path, monkeypatch):
+    """What cannot be flushed in between is an error, though it could be at the end."""
+    monkeypatch.setattr(flushing, "_STEP", 4096)
+    fsync, flushed = os.fsync, []
+
+    def fail(handle: int) -> None:
+        if os.fstat(handle).st_size > 20_000:
+            flushed.append(handle)
+            if len(flushed) == 1:
+                raise OSError(errno.EIO, "Input/output error")
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OutputError, match="out cannot be written: Input/output error"):
+        plait.bake(materials.pair, base=materials.base, out=tmp_path / "out", workers=1)
+    assert not (tmp_path / "out").exists()
+    plait.bake(materials.pair, base=materials.base, out=tmp_path / "out", workers=1)
+    assert len(flushed) > 2, "the file is flushed more than once"
 
 
 def test_a_failure_before_a_file_is_finished_leaves_nothing(materials, tmp_path, monkeypatch):

@@ -5,12 +5,13 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import threading
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from plait.tensorfiles import writer
+from plait.tensorfiles import flushing
 from plait.tensorfiles.writer import TensorEntry, TensorWriter, write_tensors
 
 
@@ -29,7 +30,7 @@ def test_the_digest_is_that_of_the_file_in_whatever_order_it_was_written(tmp_pat
 
 def test_what_cannot_be_flushed_in_between_is_an_error(tmp_path, monkeypatch):
     """The system tells whoever flushes next, and nobody after that."""
-    monkeypatch.setattr(writer, "_FLUSHED", 64)
+    monkeypatch.setattr(flushing, "_STEP", 64)
     failures = [OSError(errno.EIO, "Input/output error")]
 
     def fsync(handle: int) -> None:
@@ -42,3 +43,24 @@ def test_what_cannot_be_flushed_in_between_is_an_error(tmp_path, monkeypatch):
         write_tensors(tmp_path / "t.safetensors", tensors)
     write_tensors(tmp_path / "again.safetensors", tensors)
     assert load_file(tmp_path / "again.safetensors").keys() == tensors.keys()
+
+
+def test_all_that_was_written_is_flushed_at_the_end_and_no_more_often_than_the_disk_can(tmp_path, monkeypatch):
+    """While one flush waits, what is written meanwhile is left to the next."""
+    monkeypatch.setattr(flushing, "_STEP", 10)
+    began, waiting = [], threading.Event()
+
+    def fsync(handle: int) -> None:
+        began.append(written)
+        waiting.wait(30)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with (tmp_path / "file").open("wb") as file:
+        flusher = flushing.Flusher(file.fileno())
+        for written in range(5, 50, 5):  # noqa: B007 (fsync notes it)
+            flusher.wrote(5)
+        waiting.set()
+        flusher.finish()
+        flusher.close()
+    assert len(began) == 2, "one while it was written, one at the end"
+    assert began[-1] == 45

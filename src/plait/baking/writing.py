@@ -1,4 +1,4 @@
-"""All shards by several threads; what is written is hashed, and what is finished flushed, during the work."""
+"""All shards by several threads; what is written is hashed and flushed during the work."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from plait.merging.inventory import Inventory
 from plait.results.progress import Progress
 from plait.results.threads import one_thread_each
 from plait.tensorfiles.blocks import CopySourceError, bytes_of, copy_range, write_at
+from plait.tensorfiles.flushing import Flusher
 from plait.tensorfiles.reader import TensorFile, check_unchanged
 
 _RUN = 1 << 26  # bytes that one thread copies at a time; a long run is shared
@@ -126,6 +127,8 @@ class ShardWriter:
         job.do(one)
         for start, count in job.pieces:
             one.digest.written(start, count)
+            if not self.expected:
+                one.flusher.wrote(count)
         one.digest.catch_up()
 
     def _check(self, shard: OutShard) -> None:
@@ -149,11 +152,13 @@ class ShardWriter:
         return one
 
     def _finish(self, one: _Open) -> None:
+        if not self.expected:
+            one.flusher.begin()
         digest = one.digest.finish(one.shard.size)
         if digest == self.expected.get(one.shard.name):
             os.ftruncate(one.handle, 0)
         else:
-            os.fsync(one.handle)
+            one.flusher.finish()
         with self._talk:
             self.journal.finish(one.shard.name, one.shard.size, digest)
 
@@ -225,8 +230,10 @@ class _Open:
 
     def __post_init__(self) -> None:
         self.digest = GrowingDigest(self.handle)
+        self.flusher = Flusher(self.handle)
 
     def close(self, *, keep: bool) -> None:
+        self.flusher.close()
         os.close(self.handle)
         if not keep:
             self.path.unlink(missing_ok=True)

@@ -8,11 +8,11 @@ import math
 import os
 import struct
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from plait.deferred import Tensor, np, torch
+from plait.tensorfiles.flushing import Flusher
 from plait.tensorfiles.header import BITS
 from plait.tensorfiles.reader import DTYPES, torch_dtype
 
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _NAMES = {name: short for short, name in DTYPES.items()}
-_FLUSHED = 64 << 20  # bytes that are flushed during the work, so that the end waits for few
 
 
 class TensorEntry(NamedTuple):
@@ -75,9 +74,7 @@ class TensorWriter:
         self._hash = hashlib.sha256()
         self._hashed = 0  # bytes from the start of the file
         self._file = path.open("x+b", buffering=0)
-        self._flusher = ThreadPoolExecutor(1, "plait-flush")
-        self._flushing: Future[None] | None = None
-        self._unflushed = 0
+        self._flusher = Flusher(self._file.fileno())
         try:
             self._put(struct.pack("<Q", len(text)) + text, 0)
             if offset and hasattr(os, "posix_fallocate"):
@@ -113,25 +110,9 @@ class TensorWriter:
         if position == self._hashed:  # what comes in the order of the file is hashed while it is in the cache
             self._hash.update(view)
             self._hashed += len(view)
-        self._unflushed += len(view)
         while view:
             view = view[self._file.write(view) :]
-        if self._unflushed >= _FLUSHED and (self._flushing is None or self._flushing.done()):
-            self._flush()
-
-    def _flush(self) -> None:
-        """Begin to flush what was written."""
-        self._finish_flushing()
-        self._flushing, self._unflushed = self._flusher.submit(os.fsync, self._file.fileno()), 0
-
-    def _finish_flushing(self) -> None:
-        """Wait for what is being flushed.
-
-        Raises:
-            OSError: it cannot be; the system says so once.
-        """
-        if self._flushing is not None:
-            self._flushing.result()
+        self._flusher.wrote(len(data))
 
     def __enter__(self) -> TensorWriter:
         return self
@@ -141,14 +122,14 @@ class TensorWriter:
             if kind is None:
                 if self._left:
                     raise AssertionError(f"{self._left} of {self._expected} bytes were never written")
-                self._flush()
+                self._flusher.begin()
                 self._file.seek(self._hashed)
                 while piece := self._file.read(1 << 20):
                     self._hash.update(piece)
-                self._finish_flushing()
+                self._flusher.finish()
                 self.sha256 = self._hash.hexdigest()
         finally:
-            self._flusher.shutdown()  # before its file is closed
+            self._flusher.close()
             self._file.close()
 
 
