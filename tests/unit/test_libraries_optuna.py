@@ -11,6 +11,7 @@ import pytest
 from plait.errors import OutputError
 from plait.libraries.optuna import (
     lost_tables,
+    open_storage,
     process_knows_pending,
     quiet_optuna,
     sqlite_url,
@@ -24,9 +25,9 @@ from plait.search.study import check_tables
 def test_a_trial_of_a_process_that_is_gone_is_taken_up(tmp_path):
     url = sqlite_url(str(tmp_path / "a ?b#%20.db"))
     with quiet_optuna():
-        study = optuna.create_study(storage=url, study_name="s")
+        study = optuna.create_study(storage=open_storage(url), study_name="s")
         value = study.ask().suggest_float("x", 0, 1)
-        again = optuna.load_study(study_name="s", storage=url)
+        again = optuna.load_study(study_name="s", storage=open_storage(url))
         trial = taken_up(again, 0)
         assert trial.suggest_float("x", 0, 1) == value
         again.tell(trial.number, 1.0)
@@ -34,11 +35,38 @@ def test_a_trial_of_a_process_that_is_gone_is_taken_up(tmp_path):
     assert (tmp_path / "a ?b#%20.db").is_file()
 
 
+def test_connections_with_a_file_are_closed_after_use(tmp_path, monkeypatch):
+    opened, connect = [], sqlite3.connect
+
+    def connected(*given, **how):
+        opened.append(connect(*given, **how))
+        return opened[-1]
+
+    monkeypatch.setattr("sqlite3.dbapi2.connect", connected)
+    with quiet_optuna():
+        study = optuna.create_study(storage=open_storage(sqlite_url(str(tmp_path / "study.db"))))
+        study.tell(study.ask(), 1.0)
+        assert len(study.trials) == 1
+    assert opened
+    for connection in opened:
+        with pytest.raises(sqlite3.ProgrammingError, match="closed"):
+            connection.execute("SELECT 1")
+
+
+@pytest.mark.parametrize("url", ["sqlite://", "sqlite:///:memory:"])
+def test_a_database_in_memory_stays_open(url):
+    with quiet_optuna():
+        study = optuna.create_study(storage=open_storage(url))
+        study.tell(study.ask(), 1.0)
+    assert len(study.trials) == 1
+    study._storage._backend.engine.dispose()
+
+
 def test_tables_that_were_dropped_are_missed(tmp_path):
     file = tmp_path / "study.db"
     assert lost_tables(file) == []
     with quiet_optuna():
-        optuna.create_study(storage=sqlite_url(str(file)), study_name="s").ask()
+        optuna.create_study(storage=open_storage(sqlite_url(str(file))), study_name="s").ask()
     assert lost_tables(file) == []
     for number, table in enumerate(["trials", "studies"], 1):
         with closing(sqlite3.connect(file)) as base, base:

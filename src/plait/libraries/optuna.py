@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from optuna import Study
+    from optuna.storages import BaseStorage
     from optuna.trial import FrozenTrial, Trial
 
 
@@ -68,6 +69,21 @@ def sqlite_url(path: str) -> str:
     from sqlalchemy import URL
 
     return URL.create("sqlite", database=path).render_as_string(hide_password=False)
+
+
+def open_storage(url: str) -> BaseStorage:
+    """Return the storage at one of Optuna's addresses.
+
+    Connections with a SQLite file are closed after every use. Optuna leaves them to the garbage collector.
+    """
+    from optuna.storages import RDBStorage, get_storage
+    from sqlalchemy import NullPool, make_url
+
+    address = make_url(url)
+    in_memory = ":memory:" in (address.database or ":memory:")  # it is gone with its connection
+    if address.get_backend_name() != "sqlite" or in_memory:
+        return get_storage(url)
+    return get_storage(RDBStorage(url, engine_kwargs={"poolclass": NullPool}))
 
 
 def lost_tables(file: Path) -> list[str]:

@@ -9,7 +9,7 @@ import optuna
 
 from plait.errors import OutputError
 from plait.folders import expanded
-from plait.libraries.optuna import quiet_optuna, sqlite_url
+from plait.libraries.optuna import open_storage, quiet_optuna, sqlite_url
 from plait.parsing import is_there
 from plait.records import Record
 from plait.results.locking import lock_holder
@@ -67,7 +67,7 @@ def read_status(folder: Path, storage: str | None = None) -> StudyStatus:
         check_tables(place / STORAGE)
     with quiet_optuna():
         try:
-            opened = optuna.storages.get_storage(storage or sqlite_url(str((place / STORAGE).absolute())))
+            opened = open_storage(storage or sqlite_url(str((place / STORAGE).absolute())))
             studies = [name for name in optuna.get_all_study_names(opened) if name.startswith("plait-")]
             if not studies:
                 raise OutputError(f"{folder}: there is no study of plait sweep in its storage yet.")

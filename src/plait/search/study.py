@@ -19,7 +19,7 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
 from plait.errors import OutputError, listed
-from plait.libraries.optuna import lost_tables, quiet_optuna, sqlite_url, storage_failures, taken_up
+from plait.libraries.optuna import lost_tables, open_storage, quiet_optuna, sqlite_url, storage_failures, taken_up
 from plait.notices import announce
 from plait.parsing import as_record, is_there, shown
 from plait.recipes.candidates import Point
@@ -84,7 +84,7 @@ class Study:
         address = url or sqlite_url(str((folder / STORAGE).absolute()))
         with quiet_optuna():
             try:
-                storage = optuna.storages.get_storage(address)
+                storage = open_storage(address)
                 names = optuna.get_all_study_names(storage)
                 others = [other for other in names if other != name and other.startswith("plait-")]
                 if self._alone and others and name not in names:
